@@ -1,0 +1,147 @@
+"""Kernels per token step: llmkern's recorder against torch.profiler, name by name, for the same step.
+
+    python -m bench.completeness --model qwen-7b
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, StaticCache
+
+from bench.result import case, metric, write
+from llmkern.record.device import Device, choose_device
+from llmkern.workload.load import load_model
+from llmkern.workload.models import find_model
+
+Step = Callable[[], None]
+PROMPT_TOKENS = 64
+
+
+def count_ours(device: Device, step: Step) -> tuple[Counter[str], dict[str, Any]]:
+    """Return how often each kernel or copy ran in one *step* by our recorder, and the recorder's facts."""
+    recorder = device.recorder()
+    recorder.start()
+    try:
+        step()
+        device.synchronize()
+        recorder.flush()
+        recorder.drain()
+        step()
+        device.synchronize()
+    finally:
+        recorder.stop()
+    rows = recorder.drain()["kernels"]
+    kinds, names = rows["kind"].to_pylist(), rows["name"].to_pylist()
+    # The two tools word copies and memsets differently: their kind is enough to compare.
+    counted = Counter(n if k == "kernel" else k for k, n in zip(kinds, names, strict=True))
+    return counted, recorder.facts()
+
+
+def count_profiler(device: Device, step: Step) -> Counter[str]:
+    """Return the same by torch.profiler."""
+    step()
+    device.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        device.synchronize()
+    counted: Counter[str] = Counter()
+    for event in profiler.profiler.kineto_results.events():
+        if event.device_type() == torch.autograd.DeviceType.CUDA:
+            name = event.name()
+            kind = "memcpy" if name.startswith("Memcpy") else "memset" if name.startswith("Memset") else name
+            counted[kind] += 1
+    return counted
+
+
+def decode_step(model: Any, device: Device) -> Step:
+    """Return one decode forward of *model* over a filled cache, eager."""
+    ids = torch.randint(10, 1000, (1, PROMPT_TOKENS), device=device.torch_device)
+    last = ids[:, -1:].clone()
+
+    def step() -> None:
+        cache.crop(PROMPT_TOKENS)
+        with torch.inference_mode():
+            model(input_ids=last, past_key_values=cache, use_cache=True)
+
+    cache = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return step
+
+
+def graph_step(model: Any, device: Device) -> Step:
+    """Return one decode forward of *model* captured in a CUDA graph over a static cache."""
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT_TOKENS + 8)
+    ids = torch.randint(10, 1000, (1, PROMPT_TOKENS), device=device.torch_device)
+    token = ids[:, -1:].clone()
+    position = torch.tensor([[PROMPT_TOKENS]], device=device.torch_device)
+
+    def forward() -> None:
+        model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
+
+    with torch.inference_mode():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                forward()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            forward()
+    return graph.replay
+
+
+def compare(name: str, device: Device, step: Step) -> dict[str, Any]:
+    """Return the case that compares both tools on *step*, printed as well."""
+    ours, facts = count_ours(device, step)
+    theirs = count_profiler(device, step)
+    lost = facts["dropped_records"] + facts["lost_timestamps"]
+    missing, extra = theirs - ours, ours - theirs
+    passed = ours == theirs and lost == 0
+    note = "" if passed else f"only torch.profiler: {dict(missing)}; only llmkern: {dict(extra)}"
+    print(f"{name:12s} llmkern {ours.total():6d}  torch.profiler {theirs.total():6d}  dropped {lost}  {note}", flush=True)
+    metrics = {
+        "llmkern": metric(ours.total(), "1"),
+        "torch_profiler": metric(theirs.total(), "1"),
+        "distinct_names": metric(len(ours), "1"),
+        "dropped_records": metric(lost, "1"),
+    }
+    return case(name, {"prompt_tokens": PROMPT_TOKENS, "batch": 1}, metrics, passed, note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="qwen-7b")
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    device = choose_device("cuda")
+    cases = []
+    for precision in ("bf16", "int8", "int4"):
+        loaded = load_model(
+            find_model(arguments.model), precision=precision, weights="random", device=device.torch_device
+        )
+        cases.append(compare(precision, device, decode_step(loaded.model, device)))
+        if precision == "bf16":
+            try:
+                cases.append(compare("bf16 graph", device, graph_step(loaded.model, device)))
+            except RuntimeError as error:
+                cases.append(case("bf16 graph", {}, {}, False, str(error)[:400]))
+                print(f"bf16 graph: {error}", flush=True)
+        del loaded
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(write("completeness", cases, arguments.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The file that a benchmark leaves behind: one per bench and GPU, with its environment and command."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmkern.attribute.estimate import Estimate
+from llmkern.record import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def metric(value: float | Estimate, unit: str, samples: Sequence[float] | None = None) -> dict[str, Any]:
+    """Return one metric; an Estimate brings its interval, plain *samples* their 5th and 95th percentile."""
+    if isinstance(value, Estimate):
+        return {
+            "value": value.value,
+            "low": value.low,
+            "high": value.high,
+            "unit": unit,
+            "samples": value.samples,
+            "interval": "95 % confidence",
+        }
+    entry: dict[str, Any] = {"value": value, "low": None, "high": None, "unit": unit, "samples": 1}
+    if samples is not None and len(samples):
+        low, high = np.percentile(np.asarray(samples, float), [5, 95])
+        entry |= {"low": float(low), "high": float(high), "samples": len(samples), "interval": "5th to 95th percentile"}
+    return entry
+
+
+def case(
+    name: str, parameters: dict[str, Any], metrics: dict[str, Any], passed: bool | None, note: str = ""
+) -> dict[str, Any]:
+    """Return one case; *passed* is None where no bar was set."""
+    return {"name": name, "parameters": parameters, "metrics": metrics, "passed": passed, "note": note}
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else environment.host()["cpu"]
+
+
+def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, **more: Any) -> Path:
+    """Write the result file of *bench* and return its path; *folder* defaults to bench/results."""
+    target = folder or RESULTS
+    target.mkdir(parents=True, exist_ok=True)
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+    document = {
+        "schema": 1,
+        "bench": bench,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": _commit(),
+        "environment": {
+            "gpu": gpu_name(),
+            "driver": _driver(),
+            **environment.versions(),
+            "host_cpu": environment.host()["cpu"],
+        },
+        "command": shlex.join(["python", "-m", f"bench.{bench}", *sys.argv[1:]]),
+        **more,
+        "cases": cases,
+    }
+    path = target / f"{bench}-{slug}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return path
+
+
+def _commit() -> str | None:
+    # A copy of the tree without .git can carry the commit in a file.
+    marker = Path(__file__).parent / "COMMIT"
+    if marker.exists():
+        return marker.read_text().strip()
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    import pynvml
+
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlSystemGetDriverVersion())

@@ -1,0 +1,287 @@
+#include "activity_recorder.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+
+namespace llmkern {
+namespace {
+
+// CUPTI's callbacks carry no pointer of ours. A recorder that was ever started is never destroyed (see bindings.cpp):
+// CUPTI may return a buffer after the last flush.
+std::atomic<ActivityRecorder*> active{nullptr};
+
+constexpr size_t kAlignment = 8;
+constexpr size_t kMostPooled = 16;  // 64 MB of zeroed buffers kept; more are freed
+constexpr CUpti_CallbackId kMostCallbackIds = 2000;
+
+// Buffers are zeroed here, off the threads that launch kernels; CUPTI would do it on those.
+uint8_t* allocate(size_t bytes) noexcept { return static_cast<uint8_t*>(std::calloc(bytes, 1)); }
+
+}  // namespace
+
+ActivityRecorder::ActivityRecorder(const std::vector<std::string>& libraries) : api_(libraries) {}
+
+ActivityRecorder::~ActivityRecorder() {
+  {
+    std::lock_guard<std::mutex> lock(queue_mutex_);
+    quit_ = true;
+  }
+  queue_filled_.notify_all();
+  if (decoder_thread_.joinable()) decoder_thread_.join();
+  for (uint8_t* buffer : pool_) std::free(buffer);
+}
+
+void ActivityRecorder::start(size_t buffer_bytes, bool trace_host_calls) {
+  if (running_) return;
+  ActivityRecorder* before = active.load();
+  if (before != nullptr && before != this && before->running_) {
+    throw RecorderError("another llmkern recorder is running in this process: stop it first.", "ALREADY_RUNNING");
+  }
+  active = this;
+  buffer_bytes_ = (buffer_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  try {
+    // CUPTI serves one subscriber per process. Holding the slot is what finds another profiler, which the activity
+    // functions alone would silently fight over buffers with.
+    api_.check(api_.subscribe(&subscriber_, reinterpret_cast<CUpti_CallbackFunc>(&on_callback), nullptr), "be subscribed to");
+    size_t size = sizeof(uint8_t);
+    uint8_t zeroed = 1;
+    api_.set_attribute(CUPTI_ACTIVITY_ATTR_ZEROED_OUT_ACTIVITY_BUFFER, &size, &zeroed);
+    // Thread ids of the operating system, so that launches and ranges name the same thread.
+    api_.set_thread_id_type(CUPTI_ACTIVITY_THREAD_ID_TYPE_SYSTEM);
+    // No timestamp callback: on CUPTI 12.6-13.0 it can lose kernel times, and the default clock is already ours.
+    api_.check(api_.register_callbacks(&on_buffer_requested, &on_buffer_completed), "register its buffers");
+    start_decoder();
+    enable_all(trace_host_calls);
+  } catch (...) {
+    disable_all();
+    if (subscriber_ != nullptr) api_.unsubscribe(subscriber_);
+    subscriber_ = nullptr;
+    throw;
+  }
+  running_ = true;
+}
+
+void ActivityRecorder::enable_all(bool trace_host_calls) {
+  const std::pair<CUpti_ActivityKind, const char*> kinds[] = {
+      {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, "record kernels"},
+      {CUPTI_ACTIVITY_KIND_MEMCPY, "record copies"},
+      {CUPTI_ACTIVITY_KIND_MEMCPY2, "record peer copies"},
+      {CUPTI_ACTIVITY_KIND_MEMSET, "record memsets"},
+      {CUPTI_ACTIVITY_KIND_OVERHEAD, "record its own overhead"},
+  };
+  for (const auto& [kind, what] : kinds) {
+    api_.check(api_.enable(kind), what);
+    enabled_.push_back(kind);
+  }
+  if (!trace_host_calls) return;
+  if (api_.enable_runtime_api != nullptr && api_.enable_driver_api != nullptr) {
+    enable_calls(CUPTI_CB_DOMAIN_RUNTIME_API, 1);
+    enable_calls(CUPTI_CB_DOMAIN_DRIVER_API, 1);
+    return;
+  }
+  for (const auto kind : {CUPTI_ACTIVITY_KIND_RUNTIME, CUPTI_ACTIVITY_KIND_DRIVER}) {
+    api_.check(api_.enable(kind), "record host calls");
+    enabled_.push_back(kind);
+  }
+}
+
+// Call ids and their versions differ between CUDA versions; their names do not, so the library is asked for them.
+void ActivityRecorder::enable_calls(CUpti_CallbackDomain domain, uint8_t on) {
+  for (CUpti_CallbackId id = 1; id < kMostCallbackIds; ++id) {
+    const std::string name = api_.callback_name(domain, id);
+    if (name.empty() || !is_traced_call(name)) continue;
+    const CUptiResult result =
+        domain == CUPTI_CB_DOMAIN_RUNTIME_API ? api_.enable_runtime_api(id, on) : api_.enable_driver_api(id, on);
+    if (result == CUPTI_SUCCESS) enabled_calls_.emplace_back(domain, id);
+  }
+}
+
+void ActivityRecorder::disable_all() noexcept {
+  for (const auto& [domain, id] : enabled_calls_) {
+    domain == CUPTI_CB_DOMAIN_RUNTIME_API ? api_.enable_runtime_api(id, 0) : api_.enable_driver_api(id, 0);
+  }
+  enabled_calls_.clear();
+  for (const auto kind : enabled_) api_.disable(kind);
+  enabled_.clear();
+}
+
+void ActivityRecorder::stop() {
+  if (!running_) return;
+  running_ = false;
+  disable_all();
+  api_.flush_all(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
+  settle();
+  api_.unsubscribe(subscriber_);
+  subscriber_ = nullptr;
+  // `active` stays this recorder: CUPTI may still hand back a buffer. The next recorder to start takes its place.
+}
+
+void ActivityRecorder::flush(bool forced) {
+  if (running_) api_.flush_all(forced ? CUPTI_ACTIVITY_FLAG_FLUSH_FORCED : 0);
+}
+
+void ActivityRecorder::on_buffer_requested(uint8_t** buffer, size_t* size, size_t* max_records) noexcept {
+  *max_records = 0;
+  *buffer = nullptr;
+  *size = 0;
+  ActivityRecorder* self = active.load();
+  if (self == nullptr) return;
+  try {
+    *buffer = self->take_buffer(size);
+  } catch (...) {
+    ++self->failed_allocations_;
+  }
+}
+
+void ActivityRecorder::on_buffer_completed(CUcontext context, uint32_t stream, uint8_t* buffer, size_t size,
+                                           size_t valid) noexcept {
+  ActivityRecorder* self = active.load();
+  if (self == nullptr || buffer == nullptr) return;
+  // Outside our locks: CUPTI holds its own here, and takes them in the other order while it launches.
+  size_t dropped = 0;
+  if (self->api_.get_num_dropped_records(context, stream, &dropped) == CUPTI_SUCCESS) {
+    self->dropped_ += static_cast<int64_t>(dropped);
+  }
+  try {
+    --self->in_flight_;
+    self->enqueue({buffer, valid, size});
+  } catch (...) {
+    ++self->failed_allocations_;
+    std::free(buffer);
+  }
+}
+
+uint8_t* ActivityRecorder::take_buffer(size_t* size) {
+  uint8_t* data = nullptr;
+  {
+    std::lock_guard<std::mutex> lock(pool_mutex_);
+    if (!pool_.empty()) {
+      data = pool_.back();
+      pool_.pop_back();
+    }
+  }
+  if (data == nullptr) {
+    data = allocate(buffer_bytes_);
+    if (data == nullptr) {
+      ++failed_allocations_;
+      return nullptr;
+    }
+    ++allocated_;
+  }
+  ++in_flight_;
+  *size = buffer_bytes_;
+  return data;
+}
+
+void ActivityRecorder::give_buffer(uint8_t* data, size_t used, size_t capacity) {
+  if (capacity == buffer_bytes_) {
+    std::memset(data, 0, used);
+    std::lock_guard<std::mutex> lock(pool_mutex_);
+    if (pool_.size() < kMostPooled) {
+      pool_.push_back(data);
+      return;
+    }
+  }
+  std::free(data);
+  --allocated_;
+}
+
+void ActivityRecorder::inject(const uint8_t* data, size_t size) {
+  start_decoder();
+  uint8_t* copy = allocate(size);
+  if (copy == nullptr) throw std::bad_alloc();
+  ++allocated_;
+  std::memcpy(copy, data, size);
+  enqueue({copy, size, size});
+}
+
+void ActivityRecorder::enqueue(Filled filled) {
+  {
+    std::lock_guard<std::mutex> lock(queue_mutex_);
+    queue_.push_back(filled);
+    queued_bytes_ += filled.valid;
+    peak_queued_bytes_ = std::max(peak_queued_bytes_, queued_bytes_);
+  }
+  queue_filled_.notify_one();
+}
+
+void ActivityRecorder::start_decoder() {
+  std::lock_guard<std::mutex> lock(queue_mutex_);
+  if (!decoder_thread_.joinable()) decoder_thread_ = std::thread(&ActivityRecorder::decode_loop, this);
+}
+
+void ActivityRecorder::decode_loop() {
+  pthread_setname_np(pthread_self(), "llmkern-cupti");
+  ActivityDecoder decoder(api_, names_);
+  std::unique_lock<std::mutex> lock(queue_mutex_);
+  while (true) {
+    queue_filled_.wait(lock, [this] { return quit_ || !queue_.empty(); });
+    if (queue_.empty()) return;
+    const Filled filled = queue_.front();
+    queue_.pop_front();
+    decoding_ = true;
+    lock.unlock();
+    {
+      std::lock_guard<std::mutex> columns_lock(columns_mutex_);
+      decoder.decode(filled.data, filled.valid, columns_, counts_);
+    }
+    give_buffer(filled.data, filled.valid, filled.capacity);
+    lock.lock();
+    decoding_ = false;
+    queued_bytes_ -= filled.valid;
+    if (queue_.empty()) queue_empty_.notify_all();
+  }
+}
+
+void ActivityRecorder::settle() {
+  std::unique_lock<std::mutex> lock(queue_mutex_);
+  queue_empty_.wait(lock, [this] { return queue_.empty() && !decoding_; });
+}
+
+ActivityColumns ActivityRecorder::drain() {
+  std::lock_guard<std::mutex> lock(columns_mutex_);
+  ActivityColumns drained;
+  std::swap(drained, columns_);
+  return drained;
+}
+
+int64_t ActivityRecorder::backlog() const {
+  size_t queued;
+  {
+    std::lock_guard<std::mutex> lock(queue_mutex_);
+    queued = queued_bytes_;
+  }
+  std::lock_guard<std::mutex> lock(columns_mutex_);
+  return static_cast<int64_t>(columns_.kernels.start_ns.size() + queued / sizeof(CUpti_ActivityKernel10));
+}
+
+std::map<std::string, int64_t> ActivityRecorder::statistics() const {
+  std::map<std::string, int64_t> found;
+  {
+    std::lock_guard<std::mutex> lock(columns_mutex_);
+    found = {{"kernels", counts_.kernels},
+             {"copies", counts_.copies},
+             {"launches", counts_.launches},
+             {"overheads", counts_.overheads},
+             {"lost_timestamps", counts_.lost_timestamps},
+             {"unknown_records", counts_.unknown_records}};
+  }
+  std::lock_guard<std::mutex> lock(queue_mutex_);
+  found["dropped_records"] = dropped_;
+  found["failed_allocations"] = failed_allocations_;
+  found["buffers_allocated"] = allocated_;
+  found["buffers_in_flight"] = in_flight_;
+  found["peak_queue_bytes"] = static_cast<int64_t>(peak_queued_bytes_);
+  return found;
+}
+
+int64_t ActivityRecorder::clock_offset_ns() const {
+  uint64_t cupti_ns = 0;
+  timespec now{};
+  api_.check(api_.get_timestamp(&cupti_ns), "read its clock");
+  clock_gettime(CLOCK_REALTIME, &now);
+  return static_cast<int64_t>(cupti_ns) - (now.tv_sec * 1'000'000'000ll + now.tv_nsec);
+}
+
+}  // namespace llmkern

@@ -1,0 +1,228 @@
+"""Latency and energy per phase from pass *weigh*, the study's way and by ranges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
+from llmkern.attribute.estimate import Estimate, from_samples
+from llmkern.run import RunFolder
+
+
+@dataclass(frozen=True)
+class PhaseWeight:
+    """One phase as weighed: per call for prefill, per token step for decode.
+
+    The samples are one per round; energies are None without an energy counter. ``*_by_ranges`` is the same measured
+    between the phase's own range marks instead of by difference.
+    """
+
+    phase: str
+    unit: str
+    latency_s: Estimate
+    latency_samples_s: list[float]
+    energy_j: Estimate | None
+    energy_samples_j: list[float]
+    latency_by_ranges_s: Estimate
+    energy_by_ranges_j: Estimate | None
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Pass *weigh* of one sensor: phases, the idle floor, and the books of the whole pass in J.
+
+    ``counter_j`` is what the counter moved from the first window's tick to the last window's; ``windows_j`` of it was
+    spent in the windows, ``idle_j`` is floor x the time between them, and ``residual_j`` what is left.
+    ``samples_j`` is the integral of the faster power samples over the same time, None without them.
+    """
+
+    phases: dict[str, PhaseWeight]
+    floor: Floor | None
+    temperature_c: float | None
+    counter_j: float | None = None
+    windows_j: float | None = None
+    idle_j: float | None = None
+    residual_j: float | None = None
+    samples_j: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | None:
+    """Return pass *weigh* of *run* with the energy of *sensor* on *device* (None: summed over devices).
+
+    None when the run has no complete round of windows.
+    """
+    ranges = run.table("ranges")
+    ranges = ranges[ranges["pass"] == "weigh"]
+    power = run.table("power")
+    if device is not None:
+        power = power[power["device"] == device]
+    curve = _curve(run.table("energy"), power, sensor, device)
+    temperature = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
+    windows = ranges[ranges["category"] == "window"].sort_values("start_ns")
+    generations = ranges[ranges["category"] == "generate"].sort_values("start_ns")
+    if windows.empty or generations.empty:
+        return None
+    mean_c = mean_temperature(temperature, windows)
+    floor = measure_floor(curve, ranges[ranges["category"] == "idle"], temperature) if curve is not None else None
+    measured = _measure_windows(windows, generations, curve, floor, mean_c)
+    phases = _phases(measured, ranges, curve)
+    if not phases:
+        return None
+    books = _books(measured, curve, floor, mean_c, power)
+    return Weighed(phases, floor, mean_c, **books)
+
+
+def _curve(energy: pd.DataFrame, power: pd.DataFrame, sensor: str, device: int | None) -> EnergyCurve | None:
+    rows = energy[energy["sensor"] == sensor]
+    if device is not None:
+        rows = rows[rows["device"] == device]
+    else:
+        # Packages are read one after the other in one sweep; their sum needs a value of each at the same time.
+        devices = sorted(rows["device"].unique())
+        first = rows[rows["device"] == devices[0]].sort_values("timestamp_ns") if devices else rows
+        total = first["energy_mj"].astype(float)
+        for other in devices[1:]:
+            part = rows[rows["device"] == other].sort_values("timestamp_ns")
+            total = total + np.interp(first["timestamp_ns"], part["timestamp_ns"], part["energy_mj"])
+        rows = first.assign(energy_mj=total)
+    if len(rows) < 2:
+        return None
+    samples = power[power["sensor"] == "samples"] if device is not None else power.iloc[:0]
+    return EnergyCurve(
+        rows["timestamp_ns"].to_numpy(),
+        rows["energy_mj"].to_numpy(),
+        samples["timestamp_ns"].to_numpy(),
+        samples["power_mw"].to_numpy(),
+    )
+
+
+def _measure_windows(
+    windows: pd.DataFrame,
+    generations: pd.DataFrame,
+    curve: EnergyCurve | None,
+    floor: Floor | None,
+    mean_c: float | None,
+) -> pd.DataFrame:
+    """Return one row per window: round, new_tokens, repeats, latency_s and energy_j of one generation, and its ticks."""
+    rows = []
+    for window in windows.itertuples():
+        inside = generations[
+            (generations["start_ns"] >= window.start_ns) & (generations["end_ns"] <= window.end_ns)
+        ]
+        if inside.empty:
+            continue
+        start_ns, end_ns = int(inside["start_ns"].iloc[0]), int(inside["end_ns"].iloc[-1])
+        latency_s = float((inside["end_ns"] - inside["start_ns"]).mean()) / 1e9
+        row = {
+            "round": window.round,
+            "new_tokens": window.new_tokens,
+            "repeats": len(inside),
+            "latency_s": latency_s,
+            "work_s": (end_ns - start_ns) / 1e9,
+            "work_j": np.nan,
+            "tick_before_ns": 0,
+            "tick_after_ns": 0,
+        }
+        framed = curve.window(start_ns, end_ns) if curve is not None else None
+        if framed is not None:
+            before_ns, after_ns, joule = framed
+            edges_s = (after_ns - before_ns - (end_ns - start_ns)) / 1e9
+            floor_w = floor.at(mean_c).value if floor is not None else 0.0
+            row |= {
+                "work_j": joule - floor_w * edges_s,
+                "tick_before_ns": before_ns,
+                "tick_after_ns": after_ns,
+            }
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    if not frame.empty:
+        frame["energy_j"] = frame["work_j"] / frame["repeats"]
+    return frame
+
+
+def _phases(measured: pd.DataFrame, ranges: pd.DataFrame, curve: EnergyCurve | None) -> dict[str, PhaseWeight]:
+    """Return prefill = generate(1) and decode = (generate(n) - generate(1)) / (n - 1), round by round."""
+    if measured.empty:
+        return {}
+    longest = int(measured["new_tokens"].max())
+    short = measured[measured["new_tokens"] == 1].set_index("round")
+    long = measured[measured["new_tokens"] == longest].set_index("round")
+    rounds = short.index.intersection(long.index)
+    if longest < 2 or rounds.empty:
+        return {}
+    short, long = short.loc[rounds], long.loc[rounds]
+    per_token = longest - 1
+    marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
+    return {
+        "prefill": _phase("prefill", "call", short["latency_s"], short["energy_j"], marks, curve, 1),
+        "decode": _phase(
+            "decode",
+            "token",
+            (long["latency_s"] - short["latency_s"]) / per_token,
+            (long["energy_j"] - short["energy_j"]) / per_token,
+            marks,
+            curve,
+            per_token,
+        ),
+    }
+
+
+def _phase(
+    phase: str,
+    unit: str,
+    latency_s: pd.Series,
+    energy_j: pd.Series,
+    marks: pd.DataFrame,
+    curve: EnergyCurve | None,
+    steps: int,
+) -> PhaseWeight:
+    spans = marks[marks["phase"] == phase]
+    # Rounds are the independent samples: repeats inside one share its ticks.
+    lengths_s = (spans["end_ns"] - spans["start_ns"]) / 1e9 / steps
+    by_round = lengths_s.groupby(spans["round"]).mean()
+    energy_by_ranges = None
+    if curve is not None and not spans.empty:
+        joule = (curve.at(spans["end_ns"].to_numpy()) - curve.at(spans["start_ns"].to_numpy())) / steps
+        per_round = pd.Series(joule, spans.index).groupby(spans["round"]).mean().dropna()
+        energy_by_ranges = from_samples(per_round.to_list()) if len(per_round) else None
+    known = energy_j.dropna()
+    return PhaseWeight(
+        phase,
+        unit,
+        from_samples(latency_s.to_list()),
+        latency_s.to_list(),
+        from_samples(known.to_list()) if len(known) else None,
+        known.to_list(),
+        from_samples(by_round.to_list()) if len(by_round) else from_samples(latency_s.to_list()),
+        energy_by_ranges,
+    )
+
+
+def _books(
+    measured: pd.DataFrame, curve: EnergyCurve | None, floor: Floor | None, mean_c: float | None, power: pd.DataFrame
+) -> dict[str, float | None]:
+    framed = measured[measured["tick_after_ns"] > 0]
+    if curve is None or floor is None or framed.empty:
+        return {}
+    first_ns, last_ns = int(framed["tick_before_ns"].min()), int(framed["tick_after_ns"].max())
+    counter_j = float(curve.at(last_ns) - curve.at(first_ns))
+    windows_j = float(framed["work_j"].sum())
+    idle_j = floor.at(mean_c).value * ((last_ns - first_ns) / 1e9 - float(framed["work_s"].sum()))
+    samples = power[power["sensor"] == "samples"].sort_values("timestamp_ns")
+    samples_j = None
+    if len(samples) > 1:
+        times, watts = samples["timestamp_ns"].to_numpy(), samples["power_mw"].to_numpy() / 1e3
+        if times[0] <= first_ns and times[-1] >= last_ns:
+            sums = np.concatenate([[0.0], np.cumsum(watts[1:] * np.diff(times) / 1e9)])
+            samples_j = float(np.interp(last_ns, times, sums) - np.interp(first_ns, times, sums))
+    return {
+        "counter_j": counter_j,
+        "windows_j": windows_j,
+        "idle_j": idle_j,
+        "residual_j": counter_j - windows_j - idle_j,
+        "samples_j": samples_j,
+    }

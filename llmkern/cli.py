@@ -1,0 +1,176 @@
+"""The command line: ``llmkern trace | report | doctor``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmkern import __version__
+from llmkern.errors import LlmkernError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+INTERNAL_ERROR = 70
+
+
+@click.group(context_settings=_CONTEXT)
+@click.version_option(__version__, prog_name="llmkern")
+def cli() -> None:
+    """Where each joule of an LLM inference run goes: which kernel, or which idle gap between kernels."""
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.option("--model", required=True, help="Registry name (see 'llmkern models'), Hugging Face id or local path.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4"]),
+    default="bf16",
+    show_default=True,
+    help="int8: bitsandbytes LLM.int8(); int4: bitsandbytes NF4.",
+)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "hub", "local", "random"]),
+    default="auto",
+    show_default=True,
+    help="auto: hub or local weights if they can be had, else seeded random weights of the true architecture.",
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences at once.")
+@click.option("--prompt-tokens", type=click.IntRange(1), help="Tokens of each prompt.  [default: 512]")
+@click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--prompts",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help='JSON lines: {"messages": [...]}, {"prompt": "..."} or a string.',
+)
+@click.option("--warmup", type=click.IntRange(1), default=5, show_default=True, help="Warm-up generations (short ones).")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Weighed generations; more where a window would be under 2 s.",
+)
+@click.option("--trace-repeats", type=click.IntRange(1), default=2, show_default=True, help="Traced generations.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random weights and prompts.")
+@click.option(
+    "--outliers",
+    type=click.IntRange(0),
+    default=6,
+    show_default=True,
+    help="Hidden dimensions with planted outlier features in random weights; 0 removes them.",
+)
+@click.option("--double-quant", is_flag=True, help="int4: quantize the scales as well.")
+@click.option(
+    "--int8-threshold",
+    type=click.FloatRange(0.0),
+    default=6.0,
+    show_default=True,
+    help="int8: activations above it take the fp16 path; 0 switches that path off.",
+)
+@click.option("--estimate-ram", is_flag=True, help="Add a documented estimate of the host RAM's energy.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/DATE-MODEL-PRECISION]")
+@click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
+@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
+def trace(top: int, quiet: bool, debug: bool, **options: Any) -> None:
+    """Run a model, record its kernels and energy, and print where the joules went."""
+    from llmkern.progress import Stages
+    from llmkern.record.options import TraceOptions
+    from llmkern.record.session import trace as record
+
+    folder = record(TraceOptions(**options), Stages(quiet=quiet))
+    _print_report(folder, top)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps.")
+@click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
+def report(run_folder: Path, top: int, debug: bool) -> None:
+    """Print the report of run folder RUN again."""
+    _print_report(run_folder, top)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
+def doctor(debug: bool) -> None:
+    """Say what works on this machine and what to do about the rest."""
+    from llmkern.doctor import examine, print_findings
+
+    print_findings(examine(), _console())
+
+
+@cli.command(context_settings=_CONTEXT)
+def models() -> None:
+    """List the models that --model knows by name."""
+    from rich.table import Table
+
+    from llmkern.workload.models import REGISTRY
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("name", "parameters", "Hugging Face id", "also called"):
+        table.add_column(title, justify="right" if title == "parameters" else "left")
+    for spec in REGISTRY.values():
+        table.add_row(spec.name, f"{spec.parameters / 1e9:.2f} B", spec.hub_id or "–", ", ".join(spec.aliases))
+    _console().print(table)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe has no width of its own; 100 columns keep the tables readable in a file.
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(width=width)
+
+
+def _print_report(folder: Path, top: int) -> None:
+    from llmkern.report.terminal import print_report
+    from llmkern.run import RunFolder
+
+    print_report(RunFolder(folder), _console(), top)
+
+
+def run(command: click.Command, program: str) -> None:
+    """Run *command* and leave the process: 0 when it worked, else a sentence on stderr and the error's exit code."""
+    # Libraries talk on stdout and stderr while they load; the report should stand alone.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        command.main(prog_name=program, standalone_mode=False)
+    except LlmkernError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was recorded until then is in the run folder.", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (head, less): that is no fault of the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        kind = type(error).__name__
+        _fail(
+            f"something unforeseen went wrong ({kind}: {error}). This is a fault of llmkern: run the command again with "
+            "--debug and report what it prints.",
+            INTERNAL_ERROR,
+        )
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"llmkern: {message}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command ``llmkern``."""
+    run(cli, "llmkern")

@@ -1,0 +1,124 @@
+"""Ranges around phases, token steps and layers: emitted as NVTX for other tools and kept for the run folder."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import nvtx
+
+DOMAIN = "llmkern"
+
+
+@dataclass(slots=True)
+class Range:
+    """One closed range; times in CLOCK_REALTIME nanoseconds."""
+
+    start_ns: int
+    end_ns: int
+    thread: int
+    name: str
+    category: str
+    depth: int
+    phase: str | None
+    token: int | None
+    round: int | None
+    repeat: int | None
+    new_tokens: int | None
+
+
+class Annotator:
+    """Collects ranges of one pass on the thread that runs the model, and mirrors them to NVTX domain ``llmkern``.
+
+    Opening or closing a range costs about a microsecond, so layers are annotated only where that is allowed.
+    """
+
+    def __init__(self) -> None:
+        self._domain = nvtx.get_domain(DOMAIN)
+        self._attributes: dict[tuple[str, str], Any] = {}
+        self._open: list[tuple[int, str, str, str | None, int | None]] = []
+        self._closed: list[Range] = []
+        self._thread = threading.get_native_id()
+        self.last_start_ns = 0
+        self.round: int | None = None
+        self.repeat: int | None = None
+        self.new_tokens: int | None = None
+
+    def push(self, name: str, category: str, phase: str | None = None, token: int | None = None) -> None:
+        key = (name, category)
+        attributes = self._attributes.get(key)
+        if attributes is None:
+            attributes = self._domain.get_event_attributes(message=name, category=category)
+            # Token names are many; layers and phases few. The cache is for the few.
+            if category != "token":
+                self._attributes[key] = attributes
+        self._domain.push_range(attributes)
+        self._open.append((time.time_ns(), name, category, phase, token))
+
+    def pop(self) -> int:
+        """Close the innermost range and return its end time in ns."""
+        end_ns = time.time_ns()
+        start_ns, name, category, phase, token = self._open.pop()
+        self.last_start_ns = start_ns
+        self._domain.pop_range()
+        self._closed.append(
+            Range(
+                start_ns,
+                end_ns,
+                self._thread,
+                name,
+                category,
+                len(self._open),
+                phase,
+                token,
+                self.round,
+                self.repeat,
+                self.new_tokens,
+            )
+        )
+        return end_ns
+
+    @contextmanager
+    def range(self, name: str, category: str, phase: str | None = None, token: int | None = None) -> Iterator[None]:
+        self.push(name, category, phase, token)
+        try:
+            yield
+        finally:
+            self.pop()
+
+    @property
+    def depth(self) -> int:
+        return len(self._open)
+
+    def drain(self) -> list[Range]:
+        """Return and forget the ranges closed since the last call (safe from another thread)."""
+        closed, self._closed = self._closed, []
+        return closed
+
+
+def columns(ranges: list[Range], pass_name: str) -> dict[str, Any]:
+    """Return *ranges* as columns of table ``ranges``."""
+    return {
+        "pass": pass_name,
+        "domain": DOMAIN,
+        **{
+            field: [getattr(r, field) for r in ranges]
+            for field in (
+                "start_ns",
+                "end_ns",
+                "thread",
+                "name",
+                "category",
+                "depth",
+                "phase",
+                "token",
+                "round",
+                "repeat",
+                "new_tokens",
+            )
+        },
+    }

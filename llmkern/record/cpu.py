@@ -1,0 +1,134 @@
+"""The CPU as a device: PyTorch's operators stand in the place of kernels, RAPL in the place of NVML."""
+
+from __future__ import annotations
+
+import platform
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
+from llmkern.record.rapl import RaplMeter, package_zones
+
+
+class CpuDevice:
+    """This machine's CPU."""
+
+    kind = "cpu"
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "name": cpu_name(),
+            "index": 0,
+            "threads": torch.get_num_threads(),
+            "memory_bytes": psutil.virtual_memory().total,
+        }
+
+    def synchronize(self) -> None:
+        """Do nothing: operators of the CPU have finished when they return."""
+
+    def free_bytes(self) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def capability(self) -> tuple[int, int] | None:
+        return None
+
+    def meters(self) -> list[EnergyMeter]:
+        zones, _ = package_zones()
+        return [RaplMeter(zones)] if zones else []
+
+    def recorder(self) -> KernelRecorder:
+        return OperatorRecorder()
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the operating system tells it."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _is_view(operator: Any) -> bool:
+    """Whether *operator* only makes a new view of its input, so that nothing is computed."""
+    returns = operator._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+class OperatorRecorder(TorchDispatchMode):
+    """Records every operator that computes something, below autograd, with its start and end on one clock.
+
+    It works on the thread that started it. Views are passed over: they launch nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[Any, str | None] = {}
+        self._records: list[tuple[int, int, str]] = []
+        self._thread = 0
+        self._count = 0
+        self._running = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        start_ns = time.time_ns()
+        result = func(*args, **(kwargs or {}))
+        end_ns = time.time_ns()
+        name = self._names.get(func, "")
+        if name == "":
+            name = self._names[func] = None if _is_view(func) else str(func)
+        if name is not None:
+            self._records.append((start_ns, end_ns, name))
+        return result
+
+    def start(self) -> None:
+        self._thread = threading.get_native_id()
+        self.__enter__()
+        self._running = True
+
+    def stop(self) -> None:
+        if self._running:
+            self._running = False
+            self.__exit__(None, None, None)
+
+    def flush(self) -> None:
+        """Do nothing: a record is there as soon as its operator has returned."""
+
+    def drain(self) -> dict[str, Columns]:
+        records, self._records = self._records, []
+        first = self._count
+        self._count += len(records)
+        zeros = [0] * len(records)
+        return {
+            "kernels": {
+                "start_ns": [r[0] for r in records],
+                "end_ns": [r[1] for r in records],
+                "name": [r[2] for r in records],
+                "correlation_id": list(range(first + 1, self._count + 1)),
+                "device": zeros,
+                "context": zeros,
+                "stream": [self._thread] * len(records),
+                "graph_id": zeros,
+                "graph_node_id": zeros,
+                "kind": "kernel",
+                **{f"{part}_{axis}": zeros for part in ("grid", "block") for axis in "xyz"},
+                "registers": zeros,
+                "shared_bytes": zeros,
+                "copied_bytes": zeros,
+            }
+        }
+
+    def facts(self) -> dict[str, Any]:
+        return {"source": "PyTorch operators on the CPU", "kernels": self._count, "dropped_records": 0}

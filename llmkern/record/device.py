@@ -1,0 +1,102 @@
+"""The small interface behind which the device sits, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from llmkern.errors import DeviceError
+
+Columns = Mapping[str, Any]
+
+
+class EnergyMeter(Protocol):
+    """A source of energy-counter ticks and power readings with a thread of its own."""
+
+    name: str
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def drain(self) -> dict[str, Columns]:
+        """Return new rows of tables ``power`` and ``energy``."""
+        ...
+
+    def wait_for_tick(self, timeout_s: float) -> int | None:
+        """Block until the next counter tick and return its time in ns, None after *timeout_s*."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json says of the sensors: what works, refresh period, errors."""
+        ...
+
+
+class KernelRecorder(Protocol):
+    """Records what the device runs: kernels, copies, and the host calls that issued them."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def drain(self) -> dict[str, Columns]:
+        """Return new rows of tables ``kernels``, ``launches`` and ``overheads``, without column ``pass``."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Return what run.json says of the recorder: library, version, record and drop counts."""
+        ...
+
+
+class Device(Protocol):
+    """What the passes need of a device."""
+
+    kind: str
+    torch_device: torch.device
+
+    def facts(self) -> dict[str, Any]: ...
+
+    def synchronize(self) -> None: ...
+
+    def free_bytes(self) -> tuple[int, int]:
+        """Return free and total memory in bytes."""
+        ...
+
+    def capability(self) -> tuple[int, int] | None: ...
+
+    def meters(self) -> list[EnergyMeter]: ...
+
+    def recorder(self) -> KernelRecorder: ...
+
+
+def choose_device(name: str) -> Device:
+    """Return the device for ``--device`` auto, cuda, cuda:N or cpu.
+
+    Raises DeviceError when a GPU is asked for and cannot be used.
+    """
+    from llmkern.record.cpu import CpuDevice
+
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return CpuDevice()
+    from llmkern.record.cuda import CudaDevice
+
+    if not torch.cuda.is_available():
+        reason = (
+            f"this PyTorch ({torch.__version__}) was built without CUDA"
+            if torch.version.cuda is None
+            else "PyTorch finds no NVIDIA GPU or driver"
+        )
+        raise DeviceError(
+            f"--device {name} needs a CUDA GPU, but {reason}: run with --device cpu, "
+            "or see 'llmkern doctor' for what is missing."
+        )
+    index = int(name.partition(":")[2] or 0) if name != "auto" else 0
+    if index >= torch.cuda.device_count():
+        raise DeviceError(
+            f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0: choose one of them."
+        )
+    return CudaDevice(index)

@@ -1,0 +1,112 @@
+"""Runs ``model.generate`` and marks its phases, token steps and layers without touching the model's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from llmkern.record.annotate import Annotator
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder layers of *model* in order: the longest list of modules of one class in it."""
+    best: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) > len(best) and len({type(m) for m in module}) == 1:
+            best = list(module)
+    return best
+
+
+class Generation:
+    """Greedy generation of exactly n tokens for one batch of prompts, annotated.
+
+    *input_ids* and *attention_mask* are int64 tensors of shape [batch, prompt tokens]. A phase ends when the device
+    has finished it: generate reads the stopping criterion back after every token, which synchronises, and
+    *synchronize* is called at the end.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        annotator: Annotator,
+        synchronize: Callable[[], None],
+    ) -> None:
+        self._model = model
+        self._inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        self._annotator = annotator
+        self._synchronize = synchronize
+        self._step = 0
+        # An end-of-sequence token would end a run early; the study's lengths are exact.
+        model.generation_config.eos_token_id = None
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = 0
+
+    def __call__(self, new_tokens: int) -> float:
+        """Generate *new_tokens* tokens per sequence and return the seconds until the device was done."""
+        note = self._annotator
+        note.new_tokens = new_tokens
+        self._step = 0
+        self._synchronize()
+        config = GenerationConfig(
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self._model.generation_config.pad_token_id,
+        )
+        depth = note.depth
+        note.push(f"generate({new_tokens})", "generate")
+        note.push("prefill", "phase", phase="prefill")
+        hooks = [
+            self._model.register_forward_pre_hook(self._before_forward),
+            self._model.register_forward_hook(self._after_forward),
+        ]
+        elapsed_ns = 0
+        try:
+            with torch.inference_mode():
+                self._model.generate(**self._inputs, generation_config=config)
+            self._synchronize()
+            note.pop()
+            end_ns = note.pop()
+            elapsed_ns = end_ns - note.last_start_ns
+        finally:
+            for hook in hooks:
+                hook.remove()
+            while note.depth > depth:
+                note.pop()
+        return elapsed_ns / 1e9
+
+    def _before_forward(self, _module: nn.Module, _args: Any) -> None:
+        note = self._annotator
+        if self._step == 1:
+            note.pop()
+            note.push("decode", "phase", phase="decode")
+        note.push(f"token {self._step}", "token", "decode" if self._step else "prefill", self._step)
+
+    def _after_forward(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        self._annotator.pop()
+        self._step += 1
+
+    @contextmanager
+    def layers_annotated(self) -> Iterator[None]:
+        """Mark every decoder layer with a range as well (two hooks per layer and token step)."""
+        note = self._annotator
+        with ExitStack() as stack:
+            for index, layer in enumerate(decoder_layers(self._model)):
+                name = f"layer {index}"
+
+                def before(_module: nn.Module, _args: Any, name: str = name) -> None:
+                    note.push(name, "layer", "decode" if self._step else "prefill", self._step)
+
+                def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+                    note.pop()
+
+                stack.callback(layer.register_forward_pre_hook(before).remove)
+                stack.callback(layer.register_forward_hook(after).remove)
+            yield

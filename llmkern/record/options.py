@@ -1,0 +1,35 @@
+"""What one traced run is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """The options of ``llmkern trace``; see its help for each."""
+
+    model: str
+    precision: str = "bf16"
+    device: str = "auto"
+    weights: str = "auto"
+    batch: int = 1
+    prompt_tokens: int | None = None
+    new_tokens: int = 32
+    prompts: Path | None = None
+    warmup: int = 5
+    repeats: int = 10
+    trace_repeats: int = 2
+    seed: int = 0
+    outliers: int = 6
+    double_quant: bool = False
+    int8_threshold: float = 6.0
+    estimate_ram: bool = False
+    out: Path | None = None
+    force: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """Return the options as run.json keeps them."""
+        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

@@ -1,0 +1,56 @@
+"""Moves what was recorded into the run folder at least once a second, beside the thread that runs the model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmkern.run import RunWriter
+
+Source = Callable[[], Mapping[str, Mapping[str, Any]]]
+
+
+class Pump:
+    """Drains *sources* every *period_s* seconds into *writer*; a failure is kept and raised by :meth:`check`."""
+
+    def __init__(self, writer: RunWriter, sources: list[Source], period_s: float = 0.8) -> None:
+        self._writer = writer
+        self._sources = sources
+        self._period_s = period_s
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="llmkern-pump", daemon=True)
+
+    def __enter__(self) -> Pump:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if kind is None:
+            self._pump()
+            self.check()
+        elif self._error is None:
+            # The body failed: what was recorded until then is still worth having.
+            self._pump()
+
+    def check(self) -> None:
+        """Raise what stopped the pump (a full disk, say), if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def _loop(self) -> None:
+        while self._error is None and not self._stop.wait(self._period_s):
+            self._pump()
+
+    def _pump(self) -> None:
+        if self._error is not None:
+            return
+        try:
+            for source in self._sources:
+                for table, columns in source().items():
+                    self._writer.append(table, columns)
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,1 @@
+"""Reports: pure functions from a run folder to what a person reads."""

@@ -1,0 +1,119 @@
+"""What is uncertain about a run, in sentences with the number that makes it so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmkern.attribute.equal_power import Attribution
+from llmkern.run import RunFolder
+
+# Above this the recorder changes the run too much for its gaps to be taken at face value.
+RECORDER_LIMIT = 0.05
+# Decode by difference and by ranges measure the same thing twice; further apart one of them is disturbed.
+AGREEMENT_LIMIT = 0.02
+SENSOR_LIMIT = 0.03
+_THROTTLE = {
+    0x4: "the software power cap",
+    0x8: "a hardware slowdown",
+    0x20: "the software thermal limit",
+    0x40: "the hardware thermal limit",
+    0x80: "the hardware power brake",
+}
+
+
+def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
+    """Return one sentence per thing that limits what the report may claim."""
+    facts = run.facts
+    return [
+        *_interruption(facts),
+        *_weights(facts),
+        *_energy(run, attribution),
+        *_recorder(facts, attribution),
+        *_agreement(attribution),
+        *_throttling(run),
+    ]
+
+
+def _interruption(facts: dict[str, Any]) -> list[str]:
+    status = facts.get("status")
+    if status == "complete":
+        return []
+    reason = f": {facts['reason']}" if facts.get("reason") else " before it ended"
+    return [f"This run is incomplete; its recording stopped{reason}. What follows rests on what was written until then."]
+
+
+def _weights(facts: dict[str, Any]) -> list[str]:
+    note = facts.get("model", {}).get("weights_note")
+    return [note] if note and facts.get("model", {}).get("weights") == "random" else []
+
+
+def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
+    weighed = attribution.weighed
+    if weighed is None:
+        return ["No complete weigh window was recorded, so there are no latencies or joules per phase."]
+    if any(p.energy_j is None for p in weighed.phases.values()):
+        where = "RAPL" if run.facts["device"]["kind"] == "cpu" else "NVML"
+        return [f"There is no energy: {where} gave no counter on this machine ('llmkern doctor' says why); time only."]
+    found = ["Kernels are given equal power here: energy by duration, so a light kernel counts too much, a heavy one too little."]
+    rounds = len(next(iter(weighed.phases.values())).energy_samples_j)
+    if rounds < 3:
+        found.append(f"{rounds} round(s) of windows give no useful interval: use --repeats 10.")
+    if weighed.samples_j is not None and weighed.counter_j:
+        apart = weighed.samples_j / weighed.counter_j - 1
+        if abs(apart) > SENSOR_LIMIT:
+            found.append(f"The driver's power samples integrate to {apart:+.1%} of the energy counter; the counter is used.")
+    floor, mean_c = weighed.floor, weighed.temperature_c
+    if floor is not None and mean_c is not None and floor.highest_c is not None and floor.lowest_c is not None:
+        beyond = max(mean_c - floor.highest_c, floor.lowest_c - mean_c)
+        if beyond > 2:
+            found.append(
+                f"The run was at {mean_c:.0f} °C, the idle floor was measured at {floor.lowest_c:.0f}-"
+                f"{floor.highest_c:.0f} °C and extended by {beyond:.0f} °C."
+            )
+    return found
+
+
+def _recorder(facts: dict[str, Any], attribution: Attribution) -> list[str]:
+    found = []
+    recorder = facts.get("recorder", {})
+    dropped, lost = recorder.get("dropped_records", 0), recorder.get("lost_timestamps", 0)
+    if dropped or lost:
+        found.append(f"CUPTI dropped {dropped} records and lost {lost} time stamps: launches and busy time are too low.")
+    for account in attribution.accounts.values():
+        if account.recorder_effect > RECORDER_LIMIT:
+            found.append(
+                f"The recorder made {account.phase} {account.recorder_effect:.1%} longer (limit "
+                f"{RECORDER_LIMIT:.0%}); gap time is taken from the weighed run, their shares from the traced one."
+            )
+    devices = attribution.timeline.kernels["device"].nunique() if len(attribution.timeline.kernels) else 1
+    if devices > 1:
+        found.append(f"Kernels ran on {devices} devices; the accounts are those of one.")
+    return found
+
+
+def _agreement(attribution: Attribution) -> list[str]:
+    found = []
+    weighed = attribution.weighed
+    if weighed is None or "decode" not in weighed.phases:
+        return []
+    decode = weighed.phases["decode"]
+    pairs = [("latency", decode.latency_by_ranges_s, decode.latency_s)]
+    if decode.energy_by_ranges_j is not None and decode.energy_j is not None:
+        pairs.append(("energy", decode.energy_by_ranges_j, decode.energy_j))
+    for what, by_ranges, by_difference in pairs:
+        apart = by_ranges.value / by_difference.value - 1
+        if abs(apart) > AGREEMENT_LIMIT:
+            found.append(f"Decode {what} by ranges is {apart:+.1%} from decode by difference (limit {AGREEMENT_LIMIT:.0%}).")
+    return found
+
+
+def _throttling(run: RunFolder) -> list[str]:
+    throttle = run.table("power", ["throttle"])["throttle"].dropna().astype("int64")
+    if throttle.empty:
+        return []
+    found = []
+    for bit, name in _THROTTLE.items():
+        share = float(((throttle & bit) != 0).mean())
+        if share > 0.01:
+            found.append(f"The clock was held down by {name} in {share:.0%} of the readings.")
+    return found

@@ -1,0 +1,208 @@
+"""The report as it is printed in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from llmkern.attribute.equal_power import Attribution, PhaseAccount, attribute
+from llmkern.report.doubts import doubts
+from llmkern.report.text import count, quantity, short_name, with_interval
+from llmkern.run import RunFolder, write_table
+
+# The low end of what CPU-energy studies use for DDR DIMMs: 3 W per 8 GB (CodeCarbon's methodology page).
+RAM_W_PER_GIB = 0.375
+
+
+def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
+    """Attribute *run*, write its ``attribution`` table, and print the report; returns the attribution."""
+    attribution = attribute(run)
+    if run.complete:
+        write_table(run.path, "attribution", {c: attribution.frame[c] for c in attribution.frame.columns})
+    uncertain = doubts(run, attribution)
+    console.print()
+    for line in _heading(run.facts):
+        console.print(line, highlight=False)
+    if not run.complete:
+        console.print(Text(uncertain.pop(0), style="bold yellow"))
+    console.print()
+    if attribution.accounts:
+        console.print(_phase_table(run, attribution))
+        for account in reversed(list(attribution.accounts.values())):
+            console.print()
+            console.print(_top(attribution, account, "kernels", top))
+            console.print()
+            console.print(_top(attribution, account, "gaps", top))
+    elif attribution.weighed is not None:
+        console.print("The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:")
+        console.print(_weighed_table(attribution))
+    console.print()
+    console.print(Text("Books and sensors", style="bold"))
+    for line in _books(run, attribution):
+        console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
+    console.print()
+    console.print(Text("What is uncertain", style="bold"))
+    for line in uncertain:
+        console.print(Padding(f"• {line}", (0, 0, 0, 2)), highlight=False)
+    console.print(f"\nRun folder: {run.path}", highlight=False, soft_wrap=True)
+    return attribution
+
+
+def _heading(facts: dict[str, Any]) -> list[Text]:
+    options, model, device = facts["options"], facts.get("model", {}), facts["device"]
+    prompts = facts.get("prompts", {})
+    versions = facts["versions"]
+    driver = f", driver {device['driver_version']}" if device.get("driver_version") else ""
+    libraries = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "bitsandbytes") if versions.get(k))
+    weights = f"{model['weights']} weights, {quantity(model['weight_bytes'], 'B')}" if model else "weights not loaded"
+    return [
+        Text(
+            f"{model.get('name', options['model'])} {options['precision']}: batch {options['batch']}, "
+            f"{prompts.get('tokens', '?')} prompt tokens, {options['new_tokens']} new tokens, {weights}",
+            style="bold",
+        ),
+        Text(f"{device['name']}{driver}; {libraries}; {facts['started']}", style="dim"),
+    ]
+
+
+def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
+    table = Table(title="Per phase", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("")
+    accounts = list(attribution.accounts.values())
+    for account in accounts:
+        table.add_column(f"{account.phase}, per {account.unit}", justify="right")
+    batch = int(run.facts["options"]["batch"])
+    prompt_tokens = sum(run.facts["prompts"]["effective_tokens"])
+
+    def tokens(account: PhaseAccount) -> int:
+        return prompt_tokens if account.unit == "call" else batch
+
+    def share(part: Any, account: PhaseAccount) -> str:
+        if part is None or account.weight.energy_j is None:
+            return "–"
+        value = part if isinstance(part, float) else part.value
+        text = quantity(part, "J") if isinstance(part, float) else with_interval(part, "J")
+        return f"{text} ({value / account.weight.energy_j.value:.0%})"
+
+    def per_token(account: PhaseAccount) -> str:
+        energy = account.weight.energy_j
+        return "–" if energy is None else with_interval(energy.scaled(1 / tokens(account)), "J")
+
+    device = "GPU" if run.facts["device"]["kind"] == "cuda" else "CPU"
+    things = "kernels" if device == "GPU" else "operators"
+    rows: list[tuple[str, list[str]]] = [
+        ("latency", [with_interval(a.weight.latency_s, "s") for a in accounts]),
+        ("tokens/s", [f"{tokens(a) / a.weight.latency_s.value:,.1f}" for a in accounts]),
+        ("energy", [with_interval(a.weight.energy_j, "J") for a in accounts]),
+        ("J/token", [per_token(a) for a in accounts]),
+        ("mean power", [quantity(a.mean_w, "W") for a in accounts]),
+        (f"{device} busy", [f"{a.busy_share:.0%}" for a in accounts]),
+        (f"{things} launched", [count(a.launches) for a in accounts]),
+        (f"time in {things}", [quantity(a.busy_s, "s") for a in accounts]),
+        ("time in gaps", [with_interval(a.gap_s, "s") for a in accounts]),
+        (f"energy in {things}", [share(a.kernel_j, a) for a in accounts]),
+        ("energy in gaps", [share(a.gap_j, a) for a in accounts]),
+        ("residual", [share(a.residual_j, a) for a in accounts]),
+        ("idle floor", [with_interval(a.floor_w, "W") for a in accounts]),
+        ("recorder's effect", [f"{a.recorder_effect:+.1%}" for a in accounts]),
+    ]
+    if attribution.host is not None:
+        host = attribution.host.phases
+        rows.append(("host CPU package", [with_interval(host[a.phase].energy_j, "J") for a in accounts]))
+    if run.facts["options"].get("estimate_ram"):
+        watts = RAM_W_PER_GIB * run.facts["host"]["memory_bytes"] / 2**30
+        text = [f"{quantity(watts * a.weight.latency_s.value, 'J')} (estimate)" for a in accounts]
+        rows.append(("host RAM", text))
+    for name, values in rows:
+        table.add_row(name, *values)
+    return table
+
+
+def _weighed_table(attribution: Attribution) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for title in ("phase", "latency", "energy"):
+        table.add_column(title, justify="left" if title == "phase" else "right")
+    assert attribution.weighed is not None
+    for weight in attribution.weighed.phases.values():
+        unit = f"{weight.phase}, per {weight.unit}"
+        table.add_row(unit, with_interval(weight.latency_s, "s"), with_interval(weight.energy_j, "J"))
+    return table
+
+
+def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -> Table:
+    rows = attribution.frame[attribution.frame["phase"] == account.phase]
+    rows = rows[(rows["kind"] == "gap") == (what == "gaps")]
+    rows = rows[rows["kind"] != "residual"].sort_values("duration_ns", ascending=False)
+    title = f"Top {what} of {account.phase}, per {account.unit}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("kernel" if what == "kernels" else "between", ratio=1, no_wrap=True, overflow="ellipsis")
+    for column in ("count", "each", "time", "energy", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if rows.empty:
+        table.add_row("none", "", "", "", "", "")
+        return table
+    by_energy = account.weight.energy_j is not None
+    whole = account.weight.energy_j.value if account.weight.energy_j else account.weight.latency_s.value * 1e9
+    records = rows.head(top)[["name", "launches", "duration_ns", "energy_j"]].to_dict("records")
+    rest = rows.iloc[top:]
+    for record in records:
+        parts = str(record["name"]).split(" → ")
+        record["name"] = " → ".join(short_name(part) for part in parts)
+    if len(rest):
+        sums = rest[["launches", "duration_ns", "energy_j"]].sum(min_count=1).to_dict()
+        records.append({"name": f"{len(rest)} others", **sums})
+    for record in records:
+        launches, duration_ns, energy_j = (float(record[k]) for k in ("launches", "duration_ns", "energy_j"))
+        table.add_row(
+            str(record["name"]),
+            count(launches),
+            quantity(duration_ns / 1e9 / launches, "s") if launches else "–",
+            quantity(duration_ns / 1e9, "s"),
+            quantity(energy_j, "J"),
+            f"{(energy_j if by_energy else duration_ns) / whole:.1%}",
+        )
+    return table
+
+
+def _books(run: RunFolder, attribution: Attribution) -> list[str]:
+    lines = []
+    weighed = attribution.weighed
+    if weighed is not None and weighed.counter_j is not None:
+        assert weighed.windows_j is not None
+        assert weighed.idle_j is not None
+        assert weighed.residual_j is not None
+        lines.append(
+            f"Whole weigh pass: counter {quantity(weighed.counter_j, 'J')} = windows {quantity(weighed.windows_j, 'J')} "
+            f"+ idle between them {quantity(weighed.idle_j, 'J')} + residual {quantity(weighed.residual_j, 'J')} "
+            f"({weighed.residual_j / weighed.counter_j:+.2%})."
+        )
+        if weighed.samples_j is not None:
+            apart = weighed.samples_j / weighed.counter_j - 1
+            lines.append(f"The driver's 20 ms power samples integrate to {apart:+.2%} of the counter.")
+        if weighed.floor is not None and weighed.temperature_c is not None:
+            slope = weighed.floor.slope_w_per_c
+            slope_text = f", slope {slope:.2f} W/°C measured" if slope is not None else ""
+            lines.append(
+                f"Idle floor {with_interval(weighed.floor.at(weighed.temperature_c), 'W')} at the run's "
+                f"{weighed.temperature_c:.0f} °C, from {weighed.floor.samples} idle samples{slope_text}."
+            )
+    if weighed is not None and "decode" in weighed.phases:
+        decode = weighed.phases["decode"]
+        apart = decode.latency_by_ranges_s.value / decode.latency_s.value - 1
+        text = f"Decode by ranges against generate(n) - generate(1): latency {apart:+.2%}"
+        if decode.energy_by_ranges_j is not None and decode.energy_j is not None:
+            text += f", energy {decode.energy_by_ranges_j.value / decode.energy_j.value - 1:+.2%}"
+        lines.append(text + ".")
+    recorder = run.facts.get("recorder")
+    if recorder:
+        lines.append(
+            f"Recorder: {recorder.get('source')}, {recorder.get('kernels', 0):,} kernels, "
+            f"{recorder.get('launches', 0):,} host calls, {recorder.get('dropped_records', 0)} dropped."
+        )
+    if run.facts.get("elapsed_s"):
+        lines.append(f"From command to run folder: {run.facts['elapsed_s']:.0f} s.")
+    return lines

@@ -1,0 +1,1 @@
+"""The workload: which model, at which precision, with which weights and prompts."""

@@ -1,0 +1,200 @@
+"""Loads a model: from the hub or a folder if it can be had, with random weights otherwise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
+
+from llmkern.errors import LlmkernError, UsageError
+from llmkern.workload.models import ModelSpec, build_config
+from llmkern.workload.precision import DTYPES
+from llmkern.workload.weights import OutlierPlan, random_model
+
+HUB_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate, and what the report says of it."""
+
+    model: Any
+    tokenizer: Any
+    config: PretrainedConfig
+    weights_source: str
+    weights_note: str
+    parameter_count: int
+    weight_bytes: int
+    outliers: OutlierPlan | None
+    build_s: float
+
+
+def load_model(
+    spec: ModelSpec,
+    *,
+    precision: str,
+    weights: str = "auto",
+    device: torch.device,
+    seed: int = 0,
+    outliers: int = 6,
+    double_quant: bool = False,
+    int8_threshold: float = 6.0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> LoadedModel:
+    """Return *spec* at *precision* on *device*.
+
+    *weights* is auto, hub, local or random. Raises UsageError when the wanted weights cannot be had.
+    """
+    started_s = time.perf_counter()
+    source, reason = _choose(spec, weights)
+    plan = None
+    if source == "random":
+        config = build_config(spec)
+        model, plan = random_model(
+            config,
+            precision=precision,
+            device=device,
+            seed=seed,
+            outliers=outliers,
+            double_quant=double_quant,
+            int8_threshold=int8_threshold,
+            progress=progress,
+        )
+        tokenizer = None
+        note = _random_note(seed, plan, reason)
+    else:
+        model, tokenizer = _pretrained(spec, precision, device, double_quant, int8_threshold)
+        config = model.config
+        note = f"Weights of {spec.path or spec.hub_id}."
+    # The eos token would end a run early; the lengths of the study are exact.
+    model.generation_config.eos_token_id = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return LoadedModel(
+        model,
+        tokenizer,
+        config,
+        source,
+        note,
+        spec.parameters or sum(p.numel() for p in model.parameters()),
+        stored_bytes(model),
+        plan,
+        time.perf_counter() - started_s,
+    )
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all parameters and buffers of *model*, quantization scales included, shared ones once."""
+    found: dict[int, int] = {}
+
+    def add(tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+
+    for tensor in [*model.parameters(), *model.buffers()]:
+        add(tensor)
+        state = getattr(tensor, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            add(getattr(part, "absmax", None))
+        add(getattr(tensor, "SCB", None))
+    for module in model.modules():
+        add(getattr(getattr(module, "state", None), "SCB", None))
+    return sum(found.values())
+
+
+def _choose(spec: ModelSpec, weights: str) -> tuple[str, str]:
+    """Return where the weights come from (local, hub, random), and why random ones if they are."""
+    if weights == "random":
+        return "random", "as asked for"
+    if spec.path is not None:
+        return "local", ""
+    if weights == "local":
+        raise UsageError(
+            f"--weights local needs a folder: give its path as --model instead of {spec.name!r}, or use --weights random."
+        )
+    if spec.hub_id is None:
+        if weights == "hub":
+            raise UsageError(f"{spec.name} has no weights on the hub: use --weights random.")
+        return "random", "the model has no published weights"
+    problem = hub_problem(spec.hub_id)
+    if problem is None:
+        return "hub", ""
+    if weights == "hub":
+        raise UsageError(
+            f"the weights of {spec.hub_id} cannot be had ({problem}): check the network, log in with 'hf auth login' "
+            "for gated models, or use --weights random."
+        )
+    if not spec.architecture:
+        raise UsageError(
+            f"{spec.hub_id} cannot be had ({problem}) and its architecture is not known here: check the id and the "
+            "network, or use a name from 'llmkern models'."
+        )
+    return "random", f"{spec.hub_id} cannot be had: {problem}"
+
+
+def hub_problem(hub_id: str) -> str | None:
+    """Return why the weights of *hub_id* cannot be loaded, None when they can; asks the hub once, briefly."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    for index in ("model.safetensors.index.json", "model.safetensors"):
+        if isinstance(huggingface_hub.try_to_load_from_cache(hub_id, index), str):
+            return None
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set and they are not in the cache"
+    try:
+        huggingface_hub.get_hf_file_metadata(
+            huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=HUB_TIMEOUT_S
+        )
+    except Exception as error:
+        # Whatever the hub or the network says, random weights are the way on.
+        return f"{type(error).__name__} from the hub"
+    return None
+
+
+def _pretrained(
+    spec: ModelSpec, precision: str, device: torch.device, double_quant: bool, int8_threshold: float
+) -> tuple[Any, Any]:
+    source = str(spec.path or spec.hub_id)
+    dtype = DTYPES[precision]
+    quantization = None
+    if precision == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
+    elif precision == "int4":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=double_quant,
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, device_map={"": device}, quantization_config=quantization
+        )
+    except LlmkernError:
+        raise
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"the weights of {source} cannot be loaded ({first}): check the folder or id, or use --weights random."
+        ) from error
+    model.eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        # A folder without a tokenizer still runs: prompts are then token ids.
+        tokenizer = None
+    return model, tokenizer
+
+
+def _random_note(seed: int, plan: OutlierPlan | None, reason: str) -> str:
+    outliers = (
+        f"{len(plan.dimensions)} hidden dimensions carry planted outlier features ({plan.source})"
+        if plan is not None
+        else "no outlier features are planted, so LLM.int8() finds none"
+    )
+    return f"Weights are random (seed {seed}; {reason}): energy and time are real, the text is not; {outliers}."

@@ -1,0 +1,172 @@
+"""The command line as a user meets it: sentences, exit codes, no tracebacks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.synthetic import synthetic_run
+
+ROOT = Path(__file__).parents[1]
+
+
+def llmkern(*arguments: str, module: str = "llmkern", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "100"} | environment,
+    )
+
+
+def assert_sentence(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    """A failure is one line on stderr that holds *words*, an exit code, and no traceback."""
+    assert done.returncode not in (0, 1, 70), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    for word in words:
+        assert word in last, last
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The main command on the CPU, small."""
+    out = tmp_path_factory.mktemp("cli") / "run"
+    done = llmkern(
+        *("--model", "qwen-tiny", "--precision", "bf16", "--device", "cpu", "--out", str(out)),
+        *("--prompt-tokens", "24", "--new-tokens", "6", "--warmup", "1", "--repeats", "3"),
+        module="llmkern.trace",
+    )
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_the_main_command_gives_a_full_report_on_the_cpu(tiny_run: tuple[Path, str]) -> None:
+    out, text = tiny_run
+    for words in ("qwen-tiny bf16", "decode, per token", "operators launched", "aten.", "Top gaps of decode", str(out)):
+        assert words in text
+    assert {p.name for p in out.iterdir()} >= {"run.json", "kernels.parquet", "ranges.parquet", "attribution.parquet"}
+
+
+def test_the_report_can_be_printed_again(tiny_run: tuple[Path, str]) -> None:
+    out, text = tiny_run
+    again = llmkern("report", str(out))
+    assert again.returncode == 0
+    assert again.stdout == text
+
+
+def test_run_json_holds_no_environment(tiny_run: tuple[Path, str]) -> None:
+    text = (tiny_run[0] / "run.json").read_text()
+    for key, value in os.environ.items():
+        if len(value) > 12 and key not in ("PWD", "OLDPWD", "VIRTUAL_ENV", "PYTHONPATH") and value not in sys.argv[0]:
+            assert f'"{value}"' not in text
+
+
+def test_layers_and_tokens_are_annotated(tiny_run: tuple[Path, str]) -> None:
+    from llmkern.run import RunFolder
+
+    ranges = RunFolder(tiny_run[0]).table("ranges")
+    traced = ranges[ranges["pass"] == "time"]
+    assert (traced["category"] == "layer").sum() == 2 * 6 * 4
+    assert sorted(traced[traced["category"] == "token"]["token"].unique()) == list(range(6))
+    assert not (ranges[ranges["pass"] == "weigh"]["category"] == "layer").any()
+
+
+def test_an_unknown_model_offers_the_nearest() -> None:
+    assert_sentence(llmkern("trace", "--model", "qwen-7x"), "qwen-7x", "qwen-7b")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu() -> None:
+    assert_sentence(llmkern("trace", "--model", "qwen-tiny", "--device", "cuda"), "--device cuda", "--device cpu")
+
+
+def test_a_broken_prompt_line_is_named_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "good"}\n{"prompt": \n')
+    out = tmp_path / "run"
+    done = llmkern("trace", "--model", "qwen-tiny", "--device", "cpu", "--prompts", str(file), "--out", str(out))
+    assert_sentence(done, "line 2")
+    assert not out.exists(), "a broken prompt file should be found before anything is recorded"
+
+
+def test_an_existing_folder_is_not_overwritten(tiny_run: tuple[Path, str]) -> None:
+    done = llmkern("trace", "--model", "qwen-tiny", "--device", "cpu", "--out", str(tiny_run[0]))
+    assert_sentence(done, "--force")
+
+
+def test_more_memory_than_there_is(tmp_path: Path) -> None:
+    done = llmkern(
+        *("trace", "--model", "llama-70b", "--precision", "fp32", "--device", "cpu", "--weights", "random"),
+        *("--out", str(tmp_path / "run")),
+    )
+    assert_sentence(done, "GiB")
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_long_a_prompt(tmp_path: Path) -> None:
+    done = llmkern(
+        *("trace", "--model", "qwen-tiny", "--device", "cpu", "--prompt-tokens", "99999"), *("--out", str(tmp_path / "r"))
+    )
+    assert_sentence(done, "positions")
+
+
+def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
+    assert_sentence(llmkern("report", str(tmp_path)), "not a run folder")
+
+
+@pytest.mark.parametrize("option", ["--precision=int3", "--batch=0", "--new-tokens=1", "--weights=mine"])
+def test_bad_options_are_refused_by_name(option: str) -> None:
+    done = llmkern("trace", "--model", "qwen-tiny", option)
+    assert done.returncode == 2
+    assert option.partition("=")[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_and_models_answer_on_any_machine() -> None:
+    doctor = llmkern("doctor")
+    assert doctor.returncode == 0, doctor.stderr
+    assert all(word in doctor.stdout for word in ("CUPTI", "NVML", "RAPL", "transformers"))
+    models = llmkern("models")
+    assert "qwen-7b" in models.stdout
+    assert "meta-llama/Llama-3.1-70B-Instruct" in models.stdout
+
+
+def test_help_fits_80_columns() -> None:
+    done = llmkern("trace", "--help", COLUMNS="80")
+    assert done.returncode == 0
+    assert "--precision" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    synthetic_run(tmp_path / "run")
+    done = subprocess.run(
+        f"{sys.executable} -m llmkern report {tmp_path / 'run'} | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ""
+
+
+def test_nothing_is_confused_by_running_from_the_repository_root() -> None:
+    # transformers and bitsandbytes look for a package "kernels" of their own on the path.
+    done = subprocess.run(
+        [sys.executable, "-c", "import transformers, bitsandbytes; import llmkern.workload.load"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
