@@ -191,6 +191,18 @@ class CuptiRecorder:
         if self._running:
             self._recorder.flush()
 
+    def inject(self, records: bytes) -> None:
+        """Pass raw activity records through the same path as CUPTI's own (load generators, tests)."""
+        self._recorder.inject(records)
+
+    def backlog(self) -> int:
+        """Return about how many kernels wait to be decoded or drained."""
+        return int(self._recorder.backlog())
+
+    def settle(self) -> None:
+        """Wait until everything handed over is decoded."""
+        self._recorder.settle()
+
     def drain(self) -> dict[str, Columns]:
         rows = self._recorder.drain()
         names = self._recorder.names()
