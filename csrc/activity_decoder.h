@@ -10,7 +10,8 @@
 namespace llmkern {
 
 struct DecodeCounts {
-  int64_t kernels = 0, copies = 0, launches = 0, overheads = 0, lost_timestamps = 0, unknown_records = 0;
+  int64_t kernels = 0, copies = 0, launches = 0, overheads = 0, lost_timestamps = 0, unknown_records = 0,
+          filtered_calls = 0;
 };
 
 // Whether a host call is one that launches, copies, synchronises or allocates.

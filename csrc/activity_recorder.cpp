@@ -32,7 +32,7 @@ ActivityRecorder::~ActivityRecorder() {
   for (uint8_t* buffer : pool_) std::free(buffer);
 }
 
-void ActivityRecorder::start(size_t buffer_bytes, bool trace_host_calls) {
+void ActivityRecorder::start(size_t buffer_bytes, HostCalls host_calls, bool hold_subscriber) {
   if (running_) return;
   ActivityRecorder* before = active.load();
   if (before != nullptr && before != this && before->running_) {
@@ -52,7 +52,11 @@ void ActivityRecorder::start(size_t buffer_bytes, bool trace_host_calls) {
     // No timestamp callback: on CUPTI 12.6-13.0 it can lose kernel times, and the default clock is already ours.
     api_.check(api_.register_callbacks(&on_buffer_requested, &on_buffer_completed), "register its buffers");
     start_decoder();
-    enable_all(trace_host_calls);
+    enable_all(host_calls);
+    if (!hold_subscriber) {
+      api_.unsubscribe(subscriber_);
+      subscriber_ = nullptr;
+    }
   } catch (...) {
     disable_all();
     if (subscriber_ != nullptr) api_.unsubscribe(subscriber_);
@@ -62,7 +66,7 @@ void ActivityRecorder::start(size_t buffer_bytes, bool trace_host_calls) {
   running_ = true;
 }
 
-void ActivityRecorder::enable_all(bool trace_host_calls) {
+void ActivityRecorder::enable_all(HostCalls host_calls) {
   const std::pair<CUpti_ActivityKind, const char*> kinds[] = {
       {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, "record kernels"},
       {CUPTI_ACTIVITY_KIND_MEMCPY, "record copies"},
@@ -74,26 +78,34 @@ void ActivityRecorder::enable_all(bool trace_host_calls) {
     api_.check(api_.enable(kind), what);
     enabled_.push_back(kind);
   }
-  if (!trace_host_calls) return;
-  if (api_.enable_runtime_api != nullptr && api_.enable_driver_api != nullptr) {
-    enable_calls(CUPTI_CB_DOMAIN_RUNTIME_API, 1);
-    enable_calls(CUPTI_CB_DOMAIN_DRIVER_API, 1);
-    return;
+  if (host_calls == HostCalls::kNone) return;
+  const bool single = api_.enable_runtime_api != nullptr && api_.enable_driver_api != nullptr;
+  if (host_calls == HostCalls::kAllBut || !single) {
+    for (const auto kind : {CUPTI_ACTIVITY_KIND_RUNTIME, CUPTI_ACTIVITY_KIND_DRIVER}) {
+      api_.check(api_.enable(kind), "record host calls");
+      enabled_.push_back(kind);
+    }
+    host_calls = HostCalls::kAllBut;
   }
-  for (const auto kind : {CUPTI_ACTIVITY_KIND_RUNTIME, CUPTI_ACTIVITY_KIND_DRIVER}) {
-    api_.check(api_.enable(kind), "record host calls");
-    enabled_.push_back(kind);
+  if (single) {
+    enable_calls(CUPTI_CB_DOMAIN_RUNTIME_API, host_calls);
+    enable_calls(CUPTI_CB_DOMAIN_DRIVER_API, host_calls);
   }
 }
 
 // Call ids and their versions differ between CUDA versions; their names do not, so the library is asked for them.
-void ActivityRecorder::enable_calls(CUpti_CallbackDomain domain, uint8_t on) {
+void ActivityRecorder::enable_calls(CUpti_CallbackDomain domain, HostCalls host_calls) {
+  const uint8_t on = host_calls == HostCalls::kSingle;
   for (CUpti_CallbackId id = 1; id < kMostCallbackIds; ++id) {
     const std::string name = api_.callback_name(domain, id);
-    if (name.empty() || !is_traced_call(name)) continue;
+    if (name.empty() || is_traced_call(name) != (on == 1)) continue;
     const CUptiResult result =
         domain == CUPTI_CB_DOMAIN_RUNTIME_API ? api_.enable_runtime_api(id, on) : api_.enable_driver_api(id, on);
-    if (result == CUPTI_SUCCESS) enabled_calls_.emplace_back(domain, id);
+    if (result != CUPTI_SUCCESS) {
+      ++refused_calls_;
+    } else if (on) {
+      enabled_calls_.emplace_back(domain, id);
+    }
   }
 }
 
@@ -112,7 +124,7 @@ void ActivityRecorder::stop() {
   disable_all();
   api_.flush_all(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
   settle();
-  api_.unsubscribe(subscriber_);
+  if (subscriber_ != nullptr) api_.unsubscribe(subscriber_);
   subscriber_ = nullptr;
   // `active` stays this recorder: CUPTI may still hand back a buffer. The next recorder to start takes its place.
 }
@@ -265,13 +277,16 @@ std::map<std::string, int64_t> ActivityRecorder::statistics() const {
              {"launches", counts_.launches},
              {"overheads", counts_.overheads},
              {"lost_timestamps", counts_.lost_timestamps},
-             {"unknown_records", counts_.unknown_records}};
+             {"unknown_records", counts_.unknown_records},
+             {"filtered_calls", counts_.filtered_calls}};
   }
   std::lock_guard<std::mutex> lock(queue_mutex_);
   found["dropped_records"] = dropped_;
   found["failed_allocations"] = failed_allocations_;
   found["buffers_allocated"] = allocated_;
   found["buffers_in_flight"] = in_flight_;
+  found["enabled_calls"] = static_cast<int64_t>(enabled_calls_.size());
+  found["refused_calls"] = refused_calls_;
   found["peak_queue_bytes"] = static_cast<int64_t>(peak_queued_bytes_);
   return found;
 }

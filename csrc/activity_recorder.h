@@ -12,6 +12,9 @@
 
 namespace llmkern {
 
+// How host calls are recorded: not, call by call, or all but the uninteresting ones.
+enum class HostCalls { kNone, kSingle, kAllBut };
+
 class ActivityRecorder {
  public:
   explicit ActivityRecorder(const std::vector<std::string>& libraries);
@@ -19,7 +22,7 @@ class ActivityRecorder {
   ActivityRecorder(const ActivityRecorder&) = delete;
   ActivityRecorder& operator=(const ActivityRecorder&) = delete;
 
-  void start(size_t buffer_bytes, bool trace_host_calls);
+  void start(size_t buffer_bytes, HostCalls host_calls, bool hold_subscriber);
   void stop();
   void flush(bool forced);
   // Waits until every buffer handed over so far is decoded.
@@ -45,8 +48,8 @@ class ActivityRecorder {
                                            size_t valid) noexcept;
   static void CUPTIAPI on_callback(void*, CUpti_CallbackDomain, CUpti_CallbackId, const void*) noexcept {}
 
-  void enable_all(bool trace_host_calls);
-  void enable_calls(CUpti_CallbackDomain domain, uint8_t on);
+  void enable_all(HostCalls host_calls);
+  void enable_calls(CUpti_CallbackDomain domain, HostCalls host_calls);
   void disable_all() noexcept;
   uint8_t* take_buffer(size_t* size);
   void give_buffer(uint8_t* data, size_t used, size_t capacity);
@@ -60,6 +63,7 @@ class ActivityRecorder {
   std::vector<CUpti_ActivityKind> enabled_;
   std::vector<std::pair<CUpti_CallbackDomain, CUpti_CallbackId>> enabled_calls_;
   std::atomic<bool> running_{false};
+  int64_t refused_calls_ = 0;
   std::atomic<size_t> buffer_bytes_{4 << 20};
 
   mutable std::mutex pool_mutex_;

@@ -95,8 +95,15 @@ PYBIND11_MODULE(_recorder, m) {
       .def(py::init<const std::vector<std::string>&>(), py::arg("libraries") = std::vector<std::string>{})
       .def_property_readonly("library_path", [](const ActivityRecorder& r) { return r.api().library.path(); })
       .def_property_readonly("version", [](const ActivityRecorder& r) { return r.api().version; })
-      .def("start", &ActivityRecorder::start, py::arg("buffer_bytes") = 4 << 20, py::arg("trace_host_calls") = true,
-           py::call_guard<py::gil_scoped_release>())
+      .def("start",
+           [](ActivityRecorder& r, size_t buffer_bytes, const std::string& host_calls, bool hold_subscriber) {
+             const auto mode = host_calls == "none"     ? HostCalls::kNone
+                               : host_calls == "single" ? HostCalls::kSingle
+                                                        : HostCalls::kAllBut;
+             py::gil_scoped_release release;
+             r.start(buffer_bytes, mode, hold_subscriber);
+           },
+           py::arg("buffer_bytes") = 4 << 20, py::arg("host_calls") = "single", py::arg("hold_subscriber") = true)
       .def("stop", &ActivityRecorder::stop, py::call_guard<py::gil_scoped_release>())
       .def("flush", &ActivityRecorder::flush, py::arg("forced") = false, py::call_guard<py::gil_scoped_release>())
       .def("settle", &ActivityRecorder::settle, py::call_guard<py::gil_scoped_release>())
@@ -146,6 +153,7 @@ PYBIND11_MODULE(_recorder, m) {
              d["energy"] = to_dict(energy);
              return d;
            })
+      .def("set_tick_interval_s", &NvmlSampler::set_tick_interval_s, py::arg("seconds"))
       .def("wait_for_tick", &NvmlSampler::wait_for_tick, py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("tick_period_ms", &NvmlSampler::tick_period_ms)
       .def_property_readonly("last_error", &NvmlSampler::last_error);

@@ -10,7 +10,7 @@ namespace {
 using namespace std::chrono_literals;
 
 constexpr int64_t kMs = 1'000'000;
-constexpr int64_t kFieldPeriodNs = 100 * kMs;
+constexpr int64_t kFieldPeriodNs = 250 * kMs;
 // The driver keeps 119 samples of 20 ms; asking every second loses none.
 constexpr int64_t kSamplePeriodNs = 900 * kMs;
 // A counter call takes about 3 ms on an H100: begin so early that one call ends before the tick.
@@ -58,8 +58,7 @@ int64_t as_integer(const nvml::FieldValue& f) {
 NvmlSampler::NvmlSampler(std::optional<std::string> uuid, std::optional<unsigned> index, const std::string& library,
                          double tick_period_hint_ms)
     : api_(library),
-      period_ns_(static_cast<int64_t>(tick_period_hint_ms * kMs)),
-      hint_ns_(static_cast<int64_t>(tick_period_hint_ms * kMs)) {
+      period_ns_(static_cast<int64_t>(tick_period_hint_ms * kMs)) {
   if (uuid) {
     api_.check(api_.by_uuid(uuid->c_str(), &device_), "find the GPU " + *uuid);
   } else {
@@ -156,6 +155,8 @@ void NvmlSampler::start() {
   if (thread_.joinable()) return;
   stop_ = false;
   locked_ = false;
+  hunting_ = false;
+  last_tick_ns_ = 0;
   last_mj_.reset();
   last_sample_us_ = static_cast<unsigned long long>(now_ns() / 1000);
   thread_ = std::thread(&NvmlSampler::loop, this);
@@ -173,7 +174,7 @@ void NvmlSampler::stop() {
 
 void NvmlSampler::loop() {
   pthread_setname_np(pthread_self(), "llmkern-nvml");
-  int64_t counter_at = 0, fields_at = 0, samples_at = now_ns() + kSamplePeriodNs;
+  int64_t counter_at = 0, fields_at = 0, samples_at = now_ns() + kSamplePeriodNs, answered = 0;
   while (true) {
     int64_t now = now_ns();
     if (now >= counter_at) counter_at = follow_counter(now);
@@ -183,7 +184,14 @@ void NvmlSampler::loop() {
     const int64_t wake = std::min({counter_at, std::max(fields_at, now + kPauseNs), std::max(samples_at, now + kPauseNs)});
     std::unique_lock<std::mutex> lock(mutex_);
     const int64_t rest = wake - now_ns();
-    if (stopping_.wait_for(lock, std::chrono::nanoseconds(std::max<int64_t>(rest, 1)), [this] { return stop_; })) break;
+    stopping_.wait_for(lock, std::chrono::nanoseconds(std::max<int64_t>(rest, 1)),
+                       [&] { return stop_ || hurried_ != answered; });
+    if (stop_) break;
+    const bool hurry = hurried_ != answered;
+    answered = hurried_;
+    lock.unlock();
+    // Somebody waits for a tick, or wants them more often: do not sleep until the one that was planned.
+    if (hurry && !hunting_ && locked_) counter_at = next_hunt(now_ns());
   }
   // What the driver still keeps belongs to the time before the stop.
   read_samples(now_ns());
@@ -200,37 +208,53 @@ int64_t NvmlSampler::follow_counter(int64_t now) {
     return end + 100 * kMs;
   }
   const int64_t middle = begin + (end - begin) / 2;
-  if (!last_mj_ || energy_mj == *last_mj_) {
+  if (!hunting_ || !last_mj_ || energy_mj == *last_mj_) {
+    // The first read of a hunt only tells the value before the tick.
+    hunting_ = true;
     last_mj_ = energy_mj;
     last_poll_ns_ = middle;
-    // Unchanged long past its time: the lock is lost, or no energy flows; look on calmly.
-    const bool overdue = locked_ && end > last_tick_ns_ + 3 * period_ns_;
-    return end + (overdue ? 5 * kMs : locked_ ? kPauseNs : 2 * kMs);
+    return end + (locked_ ? kPauseNs : 2 * kMs);
   }
   const int64_t uncertainty = (middle - last_poll_ns_) / 2;
   const int64_t tick = middle - uncertainty;
   last_mj_ = energy_mj;
   last_poll_ns_ = middle;
-  if (uncertainty > kWorstUncertaintyNs) {
-    // It came before we began to look: begin a good while earlier next time.
-    locked_ = false;
-    last_tick_ns_ = 0;
-    return end;
-  }
+  if (uncertainty > kWorstUncertaintyNs) return end + kPauseNs;  // this thread was held up: hunt the next one
   if (last_tick_ns_ != 0) {
     const int64_t passed = tick - last_tick_ns_;
-    const int64_t periods = std::max<int64_t>(1, (passed + period_ns_ / 2) / period_ns_);
-    periods_ns_.push_back(locked_ ? passed / periods : passed);
+    const int64_t periods = locked_ ? std::max<int64_t>(1, (passed + period_ns_ / 2) / period_ns_) : 1;
+    periods_ns_.push_back(passed / periods);
     if (periods_ns_.size() > 15) periods_ns_.pop_front();
     std::vector<int64_t> sorted(periods_ns_.begin(), periods_ns_.end());
     std::nth_element(sorted.begin(), sorted.begin() + static_cast<long>(sorted.size() / 2), sorted.end());
     period_ns_ = sorted[sorted.size() / 2];
+    // Two periods in a row: one could have a missed tick in it.
     locked_ = periods_ns_.size() >= 2;
   }
   last_tick_ns_ = tick;
   record_tick(tick, uncertainty, static_cast<int64_t>(energy_mj));
-  // Until the lock holds, look all the time; a period of 20 ms is followed as well as one of 100 ms.
-  return locked_ ? std::max(end + kPauseNs, tick + period_ns_ - std::min(kLeadNs, period_ns_ / 3)) : end + 2 * kMs;
+  if (!locked_) return end + 2 * kMs;
+  hunting_ = false;
+  return next_hunt(end);
+}
+
+// The time to begin looking for the next wanted tick.
+int64_t NvmlSampler::next_hunt(int64_t now) const {
+  const int64_t lead = std::min(kLeadNs, period_ns_ / 3);
+  int64_t earliest = now + lead + kPauseNs;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_ == 0) earliest = std::max(earliest, last_tick_ns_ + interval_ns_ - period_ns_ / 2);
+  }
+  const int64_t periods = std::max<int64_t>(1, (earliest - last_tick_ns_ + period_ns_ - 1) / period_ns_);
+  return last_tick_ns_ + periods * period_ns_ - lead;
+}
+
+void NvmlSampler::set_tick_interval_s(double seconds) {
+  interval_ns_ = static_cast<int64_t>(seconds * 1e9);
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++hurried_;
+  stopping_.notify_all();
 }
 
 void NvmlSampler::record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t energy_mj) {
@@ -336,7 +360,11 @@ void NvmlSampler::drain(PowerColumns& power, EnergyColumns& energy) {
 std::optional<std::pair<int64_t, int64_t>> NvmlSampler::wait_for_tick(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
   const int64_t seen = ticks_;
+  ++waiting_;
+  ++hurried_;
+  stopping_.notify_all();
   ticked_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return ticks_ != seen || stop_; });
+  --waiting_;
   if (ticks_ == seen) return std::nullopt;
   return latest_tick_;
 }

@@ -51,6 +51,9 @@ class NvmlSampler {
   void start();
   void stop();
   void drain(PowerColumns& power, EnergyColumns& energy);
+  // Reads about one tick in `seconds` from now on (0: every tick). A read costs milliseconds inside the driver, and
+  // launches wait for it; the counter integrates, so that ticks left out lose nothing.
+  void set_tick_interval_s(double seconds);
   // The next tick of the energy counter after the call: (time, mJ); nothing after `timeout_s`.
   std::optional<std::pair<int64_t, int64_t>> wait_for_tick(double timeout_s);
   std::optional<double> tick_period_ms() const;
@@ -72,13 +75,16 @@ class NvmlSampler {
   int32_t device_index_ = 0;
   std::map<std::string, std::optional<std::string>> support_;
 
+  int64_t next_hunt(int64_t now_ns) const;
+
   // State of the counter's phase lock; of the sampler's thread only.
   std::optional<unsigned long long> last_mj_;
+  bool hunting_ = false;
   int64_t last_poll_ns_ = 0;
   int64_t last_tick_ns_ = 0;
   int64_t period_ns_;
-  int64_t hint_ns_;
   std::deque<int64_t> periods_ns_;
+  std::atomic<int64_t> interval_ns_{0};
   bool locked_ = false;
   unsigned long long last_sample_us_ = 0;
 
@@ -87,6 +93,8 @@ class NvmlSampler {
   PowerColumns power_;
   EnergyColumns energy_;
   int64_t ticks_ = 0;
+  int waiting_ = 0;
+  int64_t hurried_ = 0;
   std::pair<int64_t, int64_t> latest_tick_{0, 0};
   std::optional<double> tick_period_ms_;
   std::optional<std::string> last_error_;
