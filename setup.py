@@ -29,7 +29,9 @@ class CMakeBuild(build_ext):
         ]
         for command in (configure, ["cmake", "--build", str(build), "--parallel"]):
             if subprocess.run(command, check=False).returncode:
-                raise SystemExit(f"llmkern: building the recorder failed at '{' '.join(command[:2])}'; the reason is above.")
+                raise SystemExit(
+                    f"llmkern: building the recorder failed at '{' '.join(command[:2])}'; the reason is above."
+                )
 
 
 setup(ext_modules=[Extension("llmkern._recorder", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,6 +1,6 @@
 """Kernels per token step: llmkern's recorder against torch.profiler, name by name, for the same step.
 
-    python -m bench.completeness --model qwen-7b
+python -m bench.completeness --model qwen-7b
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def compare(name: str, device: Device, step: Step) -> dict[str, Any]:
     missing, extra = theirs - ours, ours - theirs
     passed = ours == theirs and lost == 0
     note = "" if passed else f"only torch.profiler: {dict(missing)}; only llmkern: {dict(extra)}"
-    print(f"{name:12s} llmkern {ours.total():6d}  torch.profiler {theirs.total():6d}  dropped {lost}  {note}", flush=True)
+    print(
+        f"{name:12s} llmkern {ours.total():6d}  torch.profiler {theirs.total():6d}  dropped {lost}  {note}", flush=True
+    )
     metrics = {
         "llmkern": metric(ours.total(), "1"),
         "torch_profiler": metric(theirs.total(), "1"),

@@ -1,6 +1,6 @@
 """The study's matrix by the main command: one model at the five precisions, and int8 with and without outliers.
 
-    python -m bench.matrix --model qwen-7b --runs DIR
+python -m bench.matrix --model qwen-7b --runs DIR
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What recording costs: the decode loop bare, weighed, timed, and under torch.profiler, in turn in one process.
 
-    python -m bench.overhead --model qwen-7b --precision bf16
+python -m bench.overhead --model qwen-7b --precision bf16
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.result import case, metric, write
+from llmkern.attribute.estimate import from_samples
 from llmkern.record.annotate import Annotator
 from llmkern.record.device import Device, choose_device
 from llmkern.record.generation import Generation
 from llmkern.record.pump import Pump
 from llmkern.record.timing import flushed, ranges
+from llmkern.record.weigh import RARE_TICK_S, pace
 from llmkern.run import RunWriter
 from llmkern.workload.load import load_model
 from llmkern.workload.models import find_model
@@ -32,6 +35,14 @@ WEIGH_LIMIT = 0.01
 TIME_LIMIT = 0.05
 
 Condition = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation: seconds on the wall, and seconds of CPU that the launching thread used."""
+
+    wall_s: float
+    cpu_s: float
 
 
 class Bench:
@@ -51,17 +62,24 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory()
         self._writer = RunWriter(Path(self._folder.name) / "run", {})
 
-    def bare(self) -> float:
-        """Return the seconds of one generation without any hook of ours."""
-        self.device.synchronize()
-        start_s = time.perf_counter()
-        with torch.inference_mode():
-            self._model.generate(**self._inputs, max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=0)
-        self.device.synchronize()
-        return time.perf_counter() - start_s
+    def bare(self) -> Run:
+        """Run one generation without any hook of ours."""
 
-    def annotated(self) -> float:
-        return self.generation(self.new_tokens)
+        def generate() -> None:
+            with torch.inference_mode():
+                self._model.generate(**self._inputs, max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=0)
+
+        return self._timed(generate)
+
+    def annotated(self) -> Run:
+        return self._timed(lambda: self.generation(self.new_tokens))
+
+    def _timed(self, work: Callable[[], object]) -> Run:
+        self.device.synchronize()
+        wall_s, cpu_s = time.perf_counter(), time.thread_time()
+        work()
+        self.device.synchronize()
+        return Run(time.perf_counter() - wall_s, time.thread_time() - cpu_s)
 
     @contextmanager
     def weighed(self) -> Iterator[None]:
@@ -71,19 +89,31 @@ class Bench:
             for meter in meters:
                 meter.start()
                 stack.callback(meter.stop)
+            # The sensor looks for its tick before it comes to rest.
             time.sleep(0.5)
+            pace(meters, RARE_TICK_S)
             drains = [meter.drain for meter in meters]
             stack.enter_context(Pump(self._writer, [lambda: ranges(self.annotator, "weigh"), *drains]))
             yield
 
     @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """The recorder alone: no sensors, no ranges per layer, nothing written."""
+        recorder = self.device.recorder()
+        recorder.start()
+        try:
+            yield
+        finally:
+            recorder.stop()
+            recorder.drain()
+
+    @contextmanager
     def timed(self) -> Iterator[None]:
-        """The conditions of pass time: all of weigh, CUPTI, and ranges per layer."""
+        """The conditions of pass time: all of weigh, the recorder, and ranges per layer."""
         recorder = self.device.recorder()
         with self.weighed():
             recorder.start()
             try:
-                self.annotated()
                 with Pump(self._writer, [lambda: flushed(recorder)]), self.generation.layers_annotated():
                     yield
                     recorder.stop()
@@ -91,26 +121,35 @@ class Bench:
                 recorder.stop()
 
 
-def in_turn(a: Callable[[], float], b: Callable[[], float], condition: Condition, rounds: int, each: int) -> list[Any]:
-    """Time *a* plainly and *b* under *condition* in turn; return the pairs of medians of *each* runs."""
+def in_turn(
+    bare: Callable[[], Run], other: Callable[[], Run], condition: Condition, rounds: int, each: int
+) -> list[tuple[list[Run], list[Run]]]:
+    """Run *bare* plainly and *other* under *condition* in turn, *each* times after one that does not count."""
     pairs = []
     for round_ in range(rounds):
-        first: list[float] = []
-        second: list[float] = []
+        first: list[Run] = []
+        second: list[Run] = []
 
-        def plain(into: list[float] = first) -> None:
-            a()
-            into.extend(a() for _ in range(each))
+        def plain(into: list[Run] = first) -> None:
+            bare()
+            into.extend(bare() for _ in range(each))
 
-        def under(into: list[float] = second) -> None:
+        def under(into: list[Run] = second) -> None:
             with condition():
-                b()
-                into.extend(b() for _ in range(each))
+                other()
+                into.extend(other() for _ in range(each))
 
+        # Either goes first as often as the other, so that a drift of the host favours neither.
         for step in (plain, under) if round_ % 2 == 0 else (under, plain):
             step()
-        pairs.append((statistics.median(first), statistics.median(second)))
+        pairs.append((first, second))
     return pairs
+
+
+def effects(pairs: list[tuple[list[Run], list[Run]]], value: Callable[[Run], float]) -> list[float]:
+    """Return by how much of itself *value* grew in each pair."""
+    medians = [[statistics.median(map(value, runs)) for runs in pair] for pair in pairs]
+    return [second / first - 1 for first, second in medians]
 
 
 def main() -> None:
@@ -119,9 +158,9 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--each", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--each", type=int, default=3)
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     bench = Bench(
@@ -133,40 +172,51 @@ def main() -> None:
     )
     for _ in range(5):
         bench.bare()
-    before = [bench.bare() for _ in range(arguments.each)]
+    before = [bench.bare().wall_s for _ in range(2 * arguments.each)]
     cuda = bench.device.kind == "cuda"
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    conditions: list[tuple[str, Callable[[], float], Condition, int, float | None]] = [
+    few = max(2, arguments.rounds // 3)
+    conditions: list[tuple[str, Callable[[], Run], Condition, int, float | None]] = [
         ("the same twice", bench.bare, nullcontext, arguments.rounds, None),
         ("weigh", bench.annotated, bench.weighed, arguments.rounds, WEIGH_LIMIT),
+        ("ranges per layer alone", bench.annotated, bench.generation.layers_annotated, few, None),
+        ("recorder alone", bench.bare, bench.recorded, few, None),
         ("time", bench.annotated, bench.timed, arguments.rounds, TIME_LIMIT),
-        ("torch.profiler, CUDA", bench.bare, lambda: profile(activities=activities), 2, None),
-        ("torch.profiler, CPU and CUDA", bench.bare, lambda: profile(activities=both), 2, None),
+        ("torch.profiler, CUDA", bench.bare, lambda: profile(activities=activities), few, None),
+        ("torch.profiler, CPU and CUDA", bench.bare, lambda: profile(activities=both), few, None),
     ]
     cases = []
     parameters = {k: getattr(arguments, k) for k in ("model", "precision", "prompt_tokens", "new_tokens", "each")}
     for name, run, condition, rounds, limit in conditions:
         pairs = in_turn(bench.bare, run, condition, rounds, arguments.each)
-        effects = [second / first - 1 for first, second in pairs]
-        effect = statistics.median(effects)
-        milliseconds = [1e3 * p / arguments.new_tokens for p, _ in pairs], [1e3 * p / arguments.new_tokens for _, p in pairs]
+        wall, cpu = effects(pairs, lambda r: r.wall_s), effects(pairs, lambda r: r.cpu_s)
+        per_token_ms = [
+            [1e3 * statistics.median(r.wall_s for r in runs) / arguments.new_tokens for runs in side]
+            for side in zip(*pairs, strict=True)
+        ]
+        effect = from_samples(wall)
         cases.append(
             case(
                 name,
                 {**parameters, "rounds": rounds},
                 {
-                    "effect": metric(effect, "1", effects),
-                    "bare_per_token": metric(statistics.median(milliseconds[0]), "ms", milliseconds[0]),
-                    "recorded_per_token": metric(statistics.median(milliseconds[1]), "ms", milliseconds[1]),
+                    "effect": metric(effect, "1"),
+                    "effect_on_launching_thread_cpu": metric(from_samples(cpu), "1"),
+                    "bare_per_token": metric(statistics.median(per_token_ms[0]), "ms", per_token_ms[0]),
+                    "recorded_per_token": metric(statistics.median(per_token_ms[1]), "ms", per_token_ms[1]),
                 },
-                None if limit is None else effect <= limit,
-                "" if limit is None or effect <= limit else f"above the bar of {limit:.0%}",
+                None if limit is None else effect.value <= limit,
+                "" if limit is None or effect.value <= limit else f"above the bar of {limit:.0%}",
             )
         )
-        print(f"{name:32s} {effect:+7.2%}  pairs {', '.join(f'{e:+.2%}' for e in effects)}", flush=True)
+        print(
+            f"{name:30s} wall {effect.value:+7.2%} [{effect.low:+.2%}, {effect.high:+.2%}]  "
+            f"CPU {statistics.median(cpu):+7.2%}  {per_token_ms[0][0]:.1f} ms/token",
+            flush=True,
+        )
         write("overhead", cases, arguments.results)
-    after = [bench.bare() for _ in range(arguments.each)]
+    after = [bench.bare().wall_s for _ in range(2 * arguments.each)]
     drift = statistics.median(after) / statistics.median(before) - 1
     cases.append(case("bare after everything / before anything", parameters, {"drift": metric(drift, "1")}, None))
     print(f"bare after everything against before anything: {drift:+.2%}")

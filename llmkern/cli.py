@@ -47,7 +47,9 @@ def cli() -> None:
     type=click.Path(dir_okay=False, path_type=Path),
     help='JSON lines: {"messages": [...]}, {"prompt": "..."} or a string.',
 )
-@click.option("--warmup", type=click.IntRange(1), default=5, show_default=True, help="Warm-up generations (short ones).")
+@click.option(
+    "--warmup", type=click.IntRange(1), default=5, show_default=True, help="Warm-up generations (short ones)."
+)
 @click.option(
     "--repeats",
     type=click.IntRange(1),
@@ -73,9 +75,13 @@ def cli() -> None:
     help="int8: activations above it take the fp16 path; 0 switches that path off.",
 )
 @click.option("--estimate-ram", is_flag=True, help="Add a documented estimate of the host RAM's energy.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/DATE-MODEL-PRECISION]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/DATE-MODEL-PRECISION]"
+)
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
-@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps.")
+@click.option(
+    "--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps."
+)
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 @click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
 def trace(top: int, quiet: bool, debug: bool, **options: Any) -> None:
@@ -90,7 +96,9 @@ def trace(top: int, quiet: bool, debug: bool, **options: Any) -> None:
 
 @cli.command(context_settings=_CONTEXT)
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps.")
+@click.option(
+    "--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps."
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
 def report(run_folder: Path, top: int, debug: bool) -> None:
     """Print the report of run folder RUN again."""

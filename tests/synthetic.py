@@ -103,7 +103,10 @@ class Builder:
         self.rest(0.5)
         self._idle()
         for round_ in range(t.rounds):
-            for new_tokens, length_s in ((1, t.prefill_s), (t.new_tokens, t.prefill_s + t.token_s * (t.new_tokens - 1))):
+            for new_tokens, length_s in (
+                (1, t.prefill_s),
+                (t.new_tokens, t.prefill_s + t.token_s * (t.new_tokens - 1)),
+            ):
                 self.align()
                 begin = self.now_ns
                 for repeat in range(int(np.ceil(2.0 / length_s))):
@@ -245,7 +248,9 @@ def facts(truth: Truth) -> dict[str, object]:
     }
 
 
-def synthetic_run(path: Path, truth: Truth | None = None, *, seed: int = 0, **changes: object) -> tuple[RunFolder, Truth]:
+def synthetic_run(
+    path: Path, truth: Truth | None = None, *, seed: int = 0, **changes: object
+) -> tuple[RunFolder, Truth]:
     """Write a synthetic run and return it with its truth."""
     truth = truth or Truth(**changes)  # type: ignore[arg-type]
     builder = Builder(truth, seed)

@@ -114,7 +114,8 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
 
 def test_too_long_a_prompt(tmp_path: Path) -> None:
     done = llmkern(
-        *("trace", "--model", "qwen-tiny", "--device", "cpu", "--prompt-tokens", "99999"), *("--out", str(tmp_path / "r"))
+        *("trace", "--model", "qwen-tiny", "--device", "cpu", "--prompt-tokens", "99999"),
+        *("--out", str(tmp_path / "r")),
     )
     assert_sentence(done, "positions")
 

@@ -99,7 +99,10 @@ def test_force_never_deletes_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps({"schema": SCHEMA_VERSION + 1}), f"schema {SCHEMA_VERSION + 1}, this llmkern reads schema {SCHEMA_VERSION}"),
+        (
+            json.dumps({"schema": SCHEMA_VERSION + 1}),
+            f"schema {SCHEMA_VERSION + 1}, this llmkern reads schema {SCHEMA_VERSION}",
+        ),
         (json.dumps({"schema": 0}), "schema 0"),
         ("[]", "schema None"),
         ('{"schema": 1', "cannot be read"),

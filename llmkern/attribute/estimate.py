@@ -9,10 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+# From here on the interval of the median needs no assumption: 2nd to 2nd last of 9 samples hold it in 96 % of cases.
+LEAST_FOR_MEDIAN = 6
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval; *low* and *high* are None where one sample allows none."""
+    """A value with its 95 % interval; *low* and *high* are None where one sample allows none."""
 
     value: float
     low: float | None = None
@@ -34,31 +37,36 @@ class Estimate:
 
 
 def from_samples(values: Sequence[float]) -> Estimate:
-    """Return the mean of independent *values* with the two-sided 95 % interval of Student's t."""
-    data = np.asarray(values, float)
+    """Return the median of independent *values* with its distribution-free 95 % interval (order statistics).
+
+    One window disturbed by the host moves neither. With fewer than six values the order says too little: then it is
+    the mean with Student's t.
+    """
+    data = np.sort(np.asarray(values, float))
+    count = len(data)
+    if count >= LEAST_FOR_MEDIAN:
+        # The median lies between the k-th and the k-th last value unless fewer than k fall on one side of it.
+        k = max(1, int(stats.binom.ppf(0.025, count, 0.5)))
+        return Estimate(float(np.median(data)), float(data[k - 1]), float(data[count - k]), count)
     mean = float(data.mean())
-    if len(data) < 2:
+    if count < 2:
         return Estimate(mean)
-    half = float(stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
-    return Estimate(mean, mean - half, mean + half, len(data))
+    half = float(stats.t.ppf(0.975, count - 1) * data.std(ddof=1) / math.sqrt(count))
+    return Estimate(mean, mean - half, mean + half, count)
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Return mean(a) / mean(b) of independent samples with Fieller's 95 % interval (E. C. Fieller, 1954).
-
-    The interval is None where *b* does not differ from zero.
-    """
+    """Return the ratio of the medians of two independent samples with its bootstrap 95 % interval (10,000 draws)."""
     x, y = np.asarray(a, float), np.asarray(b, float)
-    value = float(x.mean() / y.mean())
+    value = float(np.median(x) / np.median(y))
     if len(x) < 2 or len(y) < 2:
         return Estimate(value)
-    var_x, var_y = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
-    t = float(stats.t.ppf(0.975, len(x) + len(y) - 2))
-    g = t**2 * var_y / y.mean() ** 2
-    if g >= 1:
-        return Estimate(value, samples=min(len(x), len(y)))
-    half = t / abs(y.mean()) * math.sqrt(var_x + value**2 * var_y - g * var_x)
-    return Estimate(value, (value - half) / (1 - g), (value + half) / (1 - g), min(len(x), len(y)))
+    random = np.random.default_rng(0)
+    draws = np.median(random.choice(x, (10_000, len(x))), axis=1) / np.median(
+        random.choice(y, (10_000, len(y))), axis=1
+    )
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), min(len(x), len(y)))
 
 
 def combine(value: float, *half_widths: float | None) -> Estimate:

@@ -110,9 +110,7 @@ def _measure_windows(
     """Return one row per window: round, new_tokens, repeats, latency_s and energy_j of one generation, and its ticks."""
     rows = []
     for window in windows.itertuples():
-        inside = generations[
-            (generations["start_ns"] >= window.start_ns) & (generations["end_ns"] <= window.end_ns)
-        ]
+        inside = generations[(generations["start_ns"] >= window.start_ns) & (generations["end_ns"] <= window.end_ns)]
         if inside.empty:
             continue
         start_ns, end_ns = int(inside["start_ns"].iloc[0]), int(inside["end_ns"].iloc[-1])

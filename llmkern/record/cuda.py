@@ -16,6 +16,9 @@ from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
 from llmkern.record.rapl import RaplMeter, package_zones
 
 # Set by the tools that launch a program under their own CUPTI; the name in the message saves the user a search.
+# How host calls are recorded: "single" enables the interesting ones, "all but" disables the others.
+HOST_CALLS = os.environ.get("LLMKERN_HOST_CALLS", "single")
+
 _INJECTORS = {"CUDA_INJECTION64_PATH": "Nsight Systems or another injected tool", "NSYS_PROFILING_SESSION_ID": "nsys"}
 
 
@@ -114,6 +117,9 @@ class NvmlMeter:
         tick = self._sampler.wait_for_tick(timeout_s)
         return None if tick is None else tick[0]
 
+    def pace(self, every_s: float) -> None:
+        self._sampler.set_tick_interval_s(every_s)
+
     def drain(self) -> dict[str, Columns]:
         rows = self._sampler.drain()
         power, energy = dict(rows["power"]), dict(rows["energy"])
@@ -174,7 +180,7 @@ class CuptiRecorder:
 
     def start(self) -> None:
         try:
-            self._recorder.start()
+            self._recorder.start(host_calls=HOST_CALLS)
         except self._errors as error:
             owner = next((who for key, who in _INJECTORS.items() if os.environ.get(key)), None)
             hint = f" ({owner} started this process)" if owner else ""

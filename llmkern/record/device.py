@@ -29,6 +29,10 @@ class EnergyMeter(Protocol):
         """Block until the next counter tick and return its time in ns, None after *timeout_s*."""
         ...
 
+    def pace(self, every_s: float) -> None:
+        """Read about one tick in *every_s* seconds from now on; 0 reads every tick."""
+        ...
+
     def facts(self) -> dict[str, Any]:
         """Return what run.json says of the sensors: what works, refresh period, errors."""
         ...

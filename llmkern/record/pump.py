@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmkern.run import RunWriter
+
+_SWITCH_INTERVAL_S = 0.0005
 
 Source = Callable[[], Mapping[str, Mapping[str, Any]]]
 
@@ -14,7 +17,7 @@ Source = Callable[[], Mapping[str, Mapping[str, Any]]]
 class Pump:
     """Drains *sources* every *period_s* seconds into *writer*; a failure is kept and raised by :meth:`check`."""
 
-    def __init__(self, writer: RunWriter, sources: list[Source], period_s: float = 0.8) -> None:
+    def __init__(self, writer: RunWriter, sources: list[Source], period_s: float = 0.9) -> None:
         self._writer = writer
         self._sources = sources
         self._period_s = period_s
@@ -23,12 +26,16 @@ class Pump:
         self._thread = threading.Thread(target=self._loop, name="llmkern-pump", daemon=True)
 
     def __enter__(self) -> Pump:
+        # The thread that launches kernels must not wait Python's usual 5 ms for this one to hand the interpreter back.
+        self._switch_interval_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._stop.set()
         self._thread.join()
+        sys.setswitchinterval(self._switch_interval_s)
         if kind is None:
             self._pump()
             self.check()

@@ -97,6 +97,9 @@ class RaplMeter:
         with self._tick:
             return self._latest_ns if self._tick.wait(timeout_s) else None
 
+    def pace(self, every_s: float) -> None:
+        """Do nothing: a read of the file costs microseconds."""
+
     def drain(self) -> dict[str, Columns]:
         with self._tick:
             rows, self._rows = self._rows, []

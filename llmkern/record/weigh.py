@@ -14,8 +14,11 @@ from llmkern.record.generation import Generation
 # Shorter and the counter's 100 ms tick is more than 5 % of the window.
 SHORTEST_WINDOW_S = 2.0
 IDLE_WINDOW_S = 2.5
-# One window per round and phase; five independent windows give an interval, and drift shows between them.
-ROUNDS = 5
+# One window per round and phase: ten independent windows give an interval that a disturbed one cannot spoil.
+ROUNDS = 10
+# A read of the NVML counter takes about 3 ms inside the driver, and launches wait for it. Ticks between the ends of a
+# window are not needed: the counter integrates.
+RARE_TICK_S = 1.0
 # A warm-up loads kernels, tunes and fills caches; none of that needs the full length.
 WARMUP_TOKENS = 8
 
@@ -61,8 +64,10 @@ def idle(annotator: Annotator, meters: list[EnergyMeter], seconds: float = IDLE_
     """Let the device rest with its context alive, for the idle floor."""
     if not meters:
         return
+    pace(meters, 0.0)
     with annotator.range("idle", "idle"):
         time.sleep(seconds)
+    pace(meters, RARE_TICK_S)
 
 
 def weigh(
@@ -90,6 +95,11 @@ def weigh(
             annotator.repeat = None
             wait_for_ticks(meters, 2)
     annotator.round = None
+
+
+def pace(meters: list[EnergyMeter], every_s: float) -> None:
+    for meter in meters:
+        meter.pace(every_s)
 
 
 def wait_for_ticks(meters: list[EnergyMeter], count: int) -> None:

@@ -39,7 +39,9 @@ def _interruption(facts: dict[str, Any]) -> list[str]:
     if status == "complete":
         return []
     reason = f": {facts['reason']}" if facts.get("reason") else " before it ended"
-    return [f"This run is incomplete; its recording stopped{reason}. What follows rests on what was written until then."]
+    return [
+        f"This run is incomplete; its recording stopped{reason}. What follows rests on what was written until then."
+    ]
 
 
 def _weights(facts: dict[str, Any]) -> list[str]:
@@ -54,14 +56,18 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     if any(p.energy_j is None for p in weighed.phases.values()):
         where = "RAPL" if run.facts["device"]["kind"] == "cpu" else "NVML"
         return [f"There is no energy: {where} gave no counter on this machine ('llmkern doctor' says why); time only."]
-    found = ["Kernels are given equal power here: energy by duration, so a light kernel counts too much, a heavy one too little."]
+    found = [
+        "Kernels are given equal power here: energy by duration, so a light kernel counts too much, a heavy one too little."
+    ]
     rounds = len(next(iter(weighed.phases.values())).energy_samples_j)
     if rounds < 3:
         found.append(f"{rounds} round(s) of windows give no useful interval: use --repeats 10.")
     if weighed.samples_j is not None and weighed.counter_j:
         apart = weighed.samples_j / weighed.counter_j - 1
         if abs(apart) > SENSOR_LIMIT:
-            found.append(f"The driver's power samples integrate to {apart:+.1%} of the energy counter; the counter is used.")
+            found.append(
+                f"The driver's power samples integrate to {apart:+.1%} of the energy counter; the counter is used."
+            )
     floor, mean_c = weighed.floor, weighed.temperature_c
     if floor is not None and mean_c is not None and floor.highest_c is not None and floor.lowest_c is not None:
         beyond = max(mean_c - floor.highest_c, floor.lowest_c - mean_c)
@@ -78,7 +84,9 @@ def _recorder(facts: dict[str, Any], attribution: Attribution) -> list[str]:
     recorder = facts.get("recorder", {})
     dropped, lost = recorder.get("dropped_records", 0), recorder.get("lost_timestamps", 0)
     if dropped or lost:
-        found.append(f"CUPTI dropped {dropped} records and lost {lost} time stamps: launches and busy time are too low.")
+        found.append(
+            f"CUPTI dropped {dropped} records and lost {lost} time stamps: launches and busy time are too low."
+        )
     for account in attribution.accounts.values():
         if account.recorder_effect > RECORDER_LIMIT:
             found.append(
@@ -103,7 +111,9 @@ def _agreement(attribution: Attribution) -> list[str]:
     for what, by_ranges, by_difference in pairs:
         apart = by_ranges.value / by_difference.value - 1
         if abs(apart) > AGREEMENT_LIMIT:
-            found.append(f"Decode {what} by ranges is {apart:+.1%} from decode by difference (limit {AGREEMENT_LIMIT:.0%}).")
+            found.append(
+                f"Decode {what} by ranges is {apart:+.1%} from decode by difference (limit {AGREEMENT_LIMIT:.0%})."
+            )
     return found
 
 

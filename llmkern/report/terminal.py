@@ -138,10 +138,10 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
     rows = rows[(rows["kind"] == "gap") == (what == "gaps")]
     rows = rows[rows["kind"] != "residual"].sort_values("duration_ns", ascending=False)
     title = f"Top {what} of {account.phase}, per {account.unit}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     table.add_column("kernel" if what == "kernels" else "between", ratio=1, no_wrap=True, overflow="ellipsis")
     for column in ("count", "each", "time", "energy", "share"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True, min_width=8 if column != "share" else 6)
     if rows.empty:
         table.add_row("none", "", "", "", "", "")
         return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def load_model(
     *weights* is auto, hub, local or random. Raises UsageError when the wanted weights cannot be had.
     """
     started_s = time.perf_counter()
+    # It warns at every call of every int8 layer of a bf16 model; writing that would be part of what is measured.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     source, reason = _choose(spec, weights)
     plan = None
     if source == "random":
@@ -147,9 +150,7 @@ def hub_problem(hub_id: str) -> str | None:
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set and they are not in the cache"
     try:
-        huggingface_hub.get_hf_file_metadata(
-            huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=HUB_TIMEOUT_S
-        )
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(hub_id, "config.json"), timeout=HUB_TIMEOUT_S)
     except Exception as error:
         # Whatever the hub or the network says, random weights are the way on.
         return f"{type(error).__name__} from the hub"

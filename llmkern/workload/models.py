@@ -151,7 +151,9 @@ def find_model(name: str) -> ModelSpec:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UsageError(f"{folder} has no config.json, so it is not a model folder: give one that save_pretrained wrote.")
+            raise UsageError(
+                f"{folder} has no config.json, so it is not a model folder: give one that save_pretrained wrote."
+            )
         return ModelSpec(folder.name, None, path=folder)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "/")):
         return ModelSpec(name, name)

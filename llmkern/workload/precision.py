@@ -133,9 +133,7 @@ def quantize_into(layer: nn.Module, weight: torch.Tensor, double_quant: bool) ->
 
     if isinstance(layer, bnb.nn.Linear8bitLt):
         values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-        layer.weight = bnb.nn.Int8Params(
-            values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales
-        )
+        layer.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
         return
     values, state = bnb.functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"

@@ -105,7 +105,9 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {expected}.") from error
+        raise UsageError(
+            f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {expected}."
+        ) from error
     if isinstance(value, dict):
         value = value.get("messages", value.get("prompt", value.get("text")))
     if isinstance(value, str) and value:
@@ -113,7 +115,9 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
     if (
         isinstance(value, list)
         and value
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
     ):
         return value
     raise UsageError(f"{path}, line {number} holds no prompt: {expected}.")

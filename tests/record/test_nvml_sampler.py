@@ -124,7 +124,11 @@ def test_devices_are_told_apart_by_uuid(fake_nvml: str) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "source"),
-    [("FAKE_NO_SAMPLES", "power_samples"), ("FAKE_NO_MEMORY_SCOPE", "memory_average"), ("FAKE_NO_THROTTLE", "throttle")],
+    [
+        ("FAKE_NO_SAMPLES", "power_samples"),
+        ("FAKE_NO_MEMORY_SCOPE", "memory_average"),
+        ("FAKE_NO_THROTTLE", "throttle"),
+    ],
 )
 def test_what_a_board_lacks_is_named_and_the_rest_goes_on(
     fake_nvml: str, monkeypatch: pytest.MonkeyPatch, fault: str, source: str
