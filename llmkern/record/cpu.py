@@ -49,6 +49,9 @@ class CpuDevice:
     def recorder(self) -> KernelRecorder:
         return OperatorRecorder()
 
+    def check_unprofiled(self) -> None:
+        """Do nothing: operators can be recorded beside any profiler."""
+
 
 def cpu_name() -> str:
     """Return the processor's name as the operating system tells it."""

@@ -15,11 +15,12 @@ from llmkern.errors import DeviceError
 from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
 from llmkern.record.rapl import RaplMeter, package_zones
 
-# Set by the tools that launch a program under their own CUPTI; the name in the message saves the user a search.
 # How host calls are recorded: "single" enables the interesting ones, "all but" disables the others.
 HOST_CALLS = os.environ.get("LLMKERN_HOST_CALLS", "single")
 
-_INJECTORS = {"CUDA_INJECTION64_PATH": "Nsight Systems or another injected tool", "NSYS_PROFILING_SESSION_ID": "nsys"}
+# Set by the tools that launch a program under their own CUPTI; the name in the message saves the user a search.
+_NSYS_SESSION = "NSYS_PROFILING_SESSION_ID"
+_INJECTORS = {_NSYS_SESSION: "Nsight Systems", "CUDA_INJECTION64_PATH": "an injected tool"}
 
 
 class CudaDevice:
@@ -77,6 +78,14 @@ class CudaDevice:
 
     def recorder(self) -> KernelRecorder:
         return CuptiRecorder()
+
+    def check_unprofiled(self) -> None:
+        # Asking CUPTI itself would attach it, and pass weigh would pay for that.
+        if os.environ.get(_NSYS_SESSION):
+            raise DeviceError(
+                "Nsight Systems started this process: it is another profiler, CUPTI serves one at a time, and its cost "
+                "would be in every joule; run the command without nsys."
+            )
 
 
 def native() -> Any:

@@ -76,6 +76,10 @@ class Device(Protocol):
 
     def recorder(self) -> KernelRecorder: ...
 
+    def check_unprofiled(self) -> None:
+        """Raise DeviceError when another profiler is known to watch this process."""
+        ...
+
 
 def choose_device(name: str) -> Device:
     """Return the device for ``--device`` auto, cuda, cuda:N or cpu.

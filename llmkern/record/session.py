@@ -41,6 +41,7 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
     started_s = time.monotonic()
     spec = find_model(options.model)
     device = choose_device(options.device)
+    device.check_unprofiled()
     check_precision(options.precision, device.kind, device.capability(), have_bitsandbytes())
     config = build_config(spec)
     prompts = parse_prompts(options.prompts) if options.prompts is not None else None

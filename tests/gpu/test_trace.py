@@ -1,0 +1,138 @@
+"""The main command on a GPU: every precision, and what may go wrong on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkern.attribute.equal_power import attribute
+from llmkern.errors import DeviceError, OutOfMemoryError
+from llmkern.progress import Stages
+from llmkern.record import session
+from llmkern.record.options import TraceOptions
+from llmkern.run import RunFolder
+from tests.test_cli import ROOT, assert_sentence, llmkern
+
+SMALL = ("--prompt-tokens", "48", "--new-tokens", "6", "--warmup", "2", "--repeats", "2")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "int4"])
+def test_a_run_at_each_precision_closes_its_books(tmp_path: Path, precision: str) -> None:
+    options = TraceOptions(
+        "qwen-tiny",
+        precision=precision,
+        device="cuda",
+        prompt_tokens=48,
+        new_tokens=6,
+        warmup=2,
+        repeats=2,
+        out=tmp_path / "run",
+    )
+    run = RunFolder(session.trace(options, Stages(quiet=True)))
+    found = attribute(run)
+    assert run.facts["recorder"]["dropped_records"] == 0
+    assert run.facts["recorder"]["launches"] > 0
+    for account in found.accounts.values():
+        energy = account.weight.energy_j
+        assert energy is not None
+        assert account.kernel_j is not None
+        assert account.gap_j is not None
+        rows = found.frame[found.frame["phase"] == account.phase]
+        assert rows["energy_j"].sum() == pytest.approx(energy.value)
+    assert found.weighed is not None
+    assert found.weighed.floor is not None
+    assert found.weighed.floor.at(None).value > 40
+    # The same kernels run in every decode step, so their number per token is whole (but for the growing cache).
+    tokens = found.timeline.kernels.groupby(["instance", "token"]).size()
+    assert tokens.loc[:, 2:].nunique() <= 2
+
+
+def test_kill_9_leaves_what_was_recorded_until_then(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "llmkern.trace", "--model", "qwen-tiny", "--device", "cuda"),
+            *("--out", str(out), "--prompt-tokens", "48", "--new-tokens", "32", "--repeats", "2000", "--quiet"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        deadline_s = time.monotonic() + 120
+        while len(list(out.glob("segments/ranges-*.parquet"))) < 12:
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.1)
+        # The pump has just written; the worst moment is just before it writes again.
+        time.sleep(0.8)
+        killed_ns = time.time_ns()
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    last_ns = RunFolder(out).table("ranges")["end_ns"].max()
+    assert killed_ns - last_ns < 2e9
+    done = llmkern("report", str(out))
+    assert done.returncode == 0
+    assert "incomplete" in done.stdout
+    assert "decode" in done.stdout
+
+
+def test_out_of_memory_is_found_before_anything_is_built(tmp_path: Path) -> None:
+    done = llmkern(
+        *("trace", "--model", "llama-70b", "--precision", "fp32", "--weights", "random", "--out", str(tmp_path / "run"))
+    )
+    assert_sentence(done, "GiB", "--precision int8 or int4")
+
+
+def test_out_of_memory_on_the_way_is_a_sentence_and_keeps_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "check_memory", lambda *_: None)
+    options = TraceOptions("qwen-0.5b", weights="random", batch=3000, prompt_tokens=4000, out=tmp_path / "run")
+    with pytest.raises(OutOfMemoryError, match=r"ran out of memory: this run needs about .* GiB"):
+        session.trace(options, Stages(quiet=True))
+    assert RunFolder(tmp_path / "run").facts["status"] == "failed"
+
+
+def test_a_profiler_in_the_process_keeps_what_was_weighed(tmp_path: Path) -> None:
+    options = TraceOptions(
+        "qwen-tiny", device="cuda", prompt_tokens=48, new_tokens=6, warmup=2, repeats=2, out=tmp_path / "run"
+    )
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+        torch.ones(1, device="cuda")
+        with pytest.raises(DeviceError, match="another profiler"):
+            session.trace(options, Stages(quiet=True))
+    assert RunFolder(tmp_path / "run").facts["status"] == "failed"
+    again = llmkern("report", str(tmp_path / "run"))
+    assert again.returncode == 0
+    assert "another profiler" in again.stdout
+    assert "decode" in again.stdout
+
+
+def test_under_nsys_the_sentence_names_it(tmp_path: Path) -> None:
+    nsys = shutil.which("nsys")
+    if nsys is None:
+        pytest.skip("nsys is not installed")
+    trace = [sys.executable, "-m", "llmkern.trace", "--model", "qwen-tiny", "--out", str(tmp_path / "run"), *SMALL]
+    profile = [nsys, "profile", "-t", "cuda,nvtx", "-s", "none", "--cpuctxsw=none", "--wait=primary"]
+    done = subprocess.run(
+        [*profile, "-o", str(tmp_path / "report"), *trace],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
+    text = done.stdout + done.stderr
+    assert "another profiler" in text
+    assert "Traceback" not in text
