@@ -43,13 +43,6 @@ const char* overhead_name(CUpti_ActivityOverheadKind kind) {
   }
 }
 
-bool starts_with_any(const std::string& name, std::initializer_list<const char*> prefixes) {
-  for (const char* prefix : prefixes) {
-    if (name.compare(0, std::strlen(prefix), prefix) == 0) return true;
-  }
-  return false;
-}
-
 void add_common(KernelColumns& c, Kind kind, int32_t name, uint64_t start, uint64_t end, uint32_t device,
                 uint32_t context, uint32_t stream, uint32_t correlation, uint32_t graph, uint64_t node) {
   c.kind.push_back(kind);
@@ -79,17 +72,7 @@ void add_shape(KernelColumns& c, const int32_t (&grid)[3], const int32_t (&block
 
 }  // namespace
 
-bool is_traced_call(const std::string& call) {
-  // Code compiled by nvcc 13 launches through __cudaLaunchKernel.
-  const std::string name = call.substr(std::min(call.find_first_not_of('_'), call.size()));
-  return starts_with_any(name,
-                         {"cudaLaunch", "cudaGraphLaunch", "cudaStreamSynchronize", "cudaDeviceSynchronize",
-                          "cudaEventSynchronize", "cudaStreamWaitEvent", "cudaMemcpy", "cudaMemset", "cudaMalloc",
-                          "cudaFree", "cuLaunch", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxSynchronize",
-                          "cuEventSynchronize", "cuStreamWaitEvent", "cuMemcpy", "cuMemset", "cuMemAlloc", "cuMemFree"});
-}
-
-void ActivityDecoder::decode(uint8_t* buffer, size_t size, ActivityColumns& columns, DecodeCounts& counts) {
+void ActivityDecoder::decode(uint8_t* buffer, size_t size, DeviceColumns& columns, DecodeCounts& counts) {
   CUpti_Activity* record = nullptr;
   while (api_.get_next_record(buffer, size, &record) == CUPTI_SUCCESS) {
     switch (record->kind) {
@@ -99,10 +82,6 @@ void ActivityDecoder::decode(uint8_t* buffer, size_t size, ActivityColumns& colu
       case CUPTI_ACTIVITY_KIND_MEMCPY2:
       case CUPTI_ACTIVITY_KIND_MEMSET:
         add_kernel(record, columns.kernels, counts);
-        break;
-      case CUPTI_ACTIVITY_KIND_RUNTIME:
-      case CUPTI_ACTIVITY_KIND_DRIVER:
-        add_launch(record, columns.launches, counts);
         break;
       case CUPTI_ACTIVITY_KIND_OVERHEAD:
         add_overhead(record, columns.overheads, counts);
@@ -157,26 +136,7 @@ void ActivityDecoder::add_kernel(const CUpti_Activity* record, KernelColumns& c,
     add_shape(c, {r->gridX, r->gridY, r->gridZ}, {r->blockX, r->blockY, r->blockZ}, r->registersPerThread,
               static_cast<int64_t>(r->staticSharedMemory) + r->dynamicSharedMemory, 0);
     ++counts.kernels;
-  }}
-
-void ActivityDecoder::add_launch(const CUpti_Activity* record, LaunchColumns& c, DecodeCounts& counts) {
-  const auto* r = reinterpret_cast<const CUpti_ActivityAPI*>(record);
-  const bool driver = record->kind == CUPTI_ACTIVITY_KIND_DRIVER;
-  const int32_t api = api_name(driver ? CUPTI_CB_DOMAIN_DRIVER_API : CUPTI_CB_DOMAIN_RUNTIME_API, r->cbid);
-  // Whole kinds come from a CUPTI that cannot enable single calls.
-  if (api < 0) {
-    ++counts.filtered_calls;
-    return;
   }
-  c.start_ns.push_back(static_cast<int64_t>(r->start));
-  c.end_ns.push_back(static_cast<int64_t>(r->end));
-  c.process.push_back(static_cast<int32_t>(r->processId));
-  c.thread.push_back(r->threadId);
-  c.correlation_id.push_back(r->correlationId);
-  c.api.push_back(api);
-  c.layer.push_back(driver ? 1 : 0);
-  c.return_value.push_back(static_cast<int32_t>(r->returnValue));
-  ++counts.launches;
 }
 
 void ActivityDecoder::add_overhead(const CUpti_Activity* record, OverheadColumns& c, DecodeCounts& counts) {
@@ -196,16 +156,6 @@ int32_t ActivityDecoder::kernel_name(const char* mangled) {
   const int32_t id = names_.intern(demangle(mangled));
   kernel_names_.insert_or_assign(mangled, Cached{mangled, id});
   return id;
-}
-
-int32_t ActivityDecoder::api_name(CUpti_CallbackDomain domain, CUpti_CallbackId id) {
-  const uint64_t key = static_cast<uint64_t>(domain) << 32 | id;
-  const auto at = api_names_.find(key);
-  if (at != api_names_.end()) return at->second;
-  std::string name = api_.callback_name(domain, id);
-  if (name.empty()) name = (domain == CUPTI_CB_DOMAIN_DRIVER_API ? "driver call " : "runtime call ") + std::to_string(id);
-  const int32_t found = is_traced_call(name) ? names_.intern(name) : -1;
-  return api_names_.emplace(key, found).first->second;
 }
 
 }  // namespace llmkern

@@ -10,26 +10,20 @@
 namespace llmkern {
 
 struct DecodeCounts {
-  int64_t kernels = 0, copies = 0, launches = 0, overheads = 0, lost_timestamps = 0, unknown_records = 0,
-          filtered_calls = 0;
+  int64_t kernels = 0, copies = 0, overheads = 0, lost_timestamps = 0, unknown_records = 0;
 };
-
-// Whether a host call is one that launches, copies, synchronises or allocates.
-bool is_traced_call(const std::string& name);
 
 class ActivityDecoder {
  public:
   ActivityDecoder(const CuptiApi& api, NamePool& names) : api_(api), names_(names) {}
 
   // Appends the records of one buffer to `columns`. Not thread-safe: one decoder belongs to one thread.
-  void decode(uint8_t* buffer, size_t size, ActivityColumns& columns, DecodeCounts& counts);
+  void decode(uint8_t* buffer, size_t size, DeviceColumns& columns, DecodeCounts& counts);
 
  private:
   void add_kernel(const CUpti_Activity* record, KernelColumns& columns, DecodeCounts& counts);
-  void add_launch(const CUpti_Activity* record, LaunchColumns& columns, DecodeCounts& counts);
   void add_overhead(const CUpti_Activity* record, OverheadColumns& columns, DecodeCounts& counts);
   int32_t kernel_name(const char* mangled);
-  int32_t api_name(CUpti_CallbackDomain domain, CUpti_CallbackId id);
 
   struct Cached {
     std::string mangled;
@@ -39,7 +33,6 @@ class ActivityDecoder {
   const CuptiApi& api_;
   NamePool& names_;
   std::unordered_map<const char*, Cached> kernel_names_;
-  std::unordered_map<uint64_t, int32_t> api_names_;
   std::unordered_map<uint64_t, int32_t> other_names_;
 };
 

@@ -12,15 +12,15 @@ namespace {
 std::atomic<ActivityRecorder*> active{nullptr};
 
 constexpr size_t kAlignment = 8;
-constexpr size_t kMostPooled = 16;  // 64 MB of zeroed buffers kept; more are freed
-constexpr CUpti_CallbackId kMostCallbackIds = 2000;
+constexpr size_t kMostPooled = 64;  // zeroed buffers kept; more are freed
 
 // Buffers are zeroed here, off the threads that launch kernels; CUPTI would do it on those.
 uint8_t* allocate(size_t bytes) noexcept { return static_cast<uint8_t*>(std::calloc(bytes, 1)); }
 
 }  // namespace
 
-ActivityRecorder::ActivityRecorder(const std::vector<std::string>& libraries) : api_(libraries) {}
+ActivityRecorder::ActivityRecorder(const std::vector<std::string>& candidates, const std::string& library)
+    : api_(candidates, library), calls_(api_, names_) {}
 
 ActivityRecorder::~ActivityRecorder() {
   {
@@ -32,7 +32,7 @@ ActivityRecorder::~ActivityRecorder() {
   for (uint8_t* buffer : pool_) std::free(buffer);
 }
 
-void ActivityRecorder::start(size_t buffer_bytes, HostCalls host_calls, bool hold_subscriber) {
+void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
   if (running_) return;
   ActivityRecorder* before = active.load();
   if (before != nullptr && before != this && before->running_) {
@@ -43,7 +43,8 @@ void ActivityRecorder::start(size_t buffer_bytes, HostCalls host_calls, bool hol
   try {
     // CUPTI serves one subscriber per process. Holding the slot is what finds another profiler, which the activity
     // functions alone would silently fight over buffers with.
-    api_.check(api_.subscribe(&subscriber_, reinterpret_cast<CUpti_CallbackFunc>(&on_callback), nullptr), "be subscribed to");
+    api_.check(api_.subscribe(&subscriber_, reinterpret_cast<CUpti_CallbackFunc>(&CallTracer::on_call), &calls_),
+               "be subscribed to");
     size_t size = sizeof(uint8_t);
     uint8_t zeroed = 1;
     api_.set_attribute(CUPTI_ACTIVITY_ATTR_ZEROED_OUT_ACTIVITY_BUFFER, &size, &zeroed);
@@ -52,11 +53,8 @@ void ActivityRecorder::start(size_t buffer_bytes, HostCalls host_calls, bool hol
     // No timestamp callback: on CUPTI 12.6-13.0 it can lose kernel times, and the default clock is already ours.
     api_.check(api_.register_callbacks(&on_buffer_requested, &on_buffer_completed), "register its buffers");
     start_decoder();
-    enable_all(host_calls);
-    if (!hold_subscriber) {
-      api_.unsubscribe(subscriber_);
-      subscriber_ = nullptr;
-    }
+    enable_all();
+    if (host_calls) calls_.enable(subscriber_);
   } catch (...) {
     disable_all();
     if (subscriber_ != nullptr) api_.unsubscribe(subscriber_);
@@ -66,7 +64,7 @@ void ActivityRecorder::start(size_t buffer_bytes, HostCalls host_calls, bool hol
   running_ = true;
 }
 
-void ActivityRecorder::enable_all(HostCalls host_calls) {
+void ActivityRecorder::enable_all() {
   const std::pair<CUpti_ActivityKind, const char*> kinds[] = {
       {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, "record kernels"},
       {CUPTI_ACTIVITY_KIND_MEMCPY, "record copies"},
@@ -78,42 +76,10 @@ void ActivityRecorder::enable_all(HostCalls host_calls) {
     api_.check(api_.enable(kind), what);
     enabled_.push_back(kind);
   }
-  if (host_calls == HostCalls::kNone) return;
-  const bool single = api_.enable_runtime_api != nullptr && api_.enable_driver_api != nullptr;
-  if (host_calls == HostCalls::kAllBut || !single) {
-    for (const auto kind : {CUPTI_ACTIVITY_KIND_RUNTIME, CUPTI_ACTIVITY_KIND_DRIVER}) {
-      api_.check(api_.enable(kind), "record host calls");
-      enabled_.push_back(kind);
-    }
-    host_calls = HostCalls::kAllBut;
-  }
-  if (single) {
-    enable_calls(CUPTI_CB_DOMAIN_RUNTIME_API, host_calls);
-    enable_calls(CUPTI_CB_DOMAIN_DRIVER_API, host_calls);
-  }
-}
-
-// Call ids and their versions differ between CUDA versions; their names do not, so the library is asked for them.
-void ActivityRecorder::enable_calls(CUpti_CallbackDomain domain, HostCalls host_calls) {
-  const uint8_t on = host_calls == HostCalls::kSingle;
-  for (CUpti_CallbackId id = 1; id < kMostCallbackIds; ++id) {
-    const std::string name = api_.callback_name(domain, id);
-    if (name.empty() || is_traced_call(name) != (on == 1)) continue;
-    const CUptiResult result =
-        domain == CUPTI_CB_DOMAIN_RUNTIME_API ? api_.enable_runtime_api(id, on) : api_.enable_driver_api(id, on);
-    if (result != CUPTI_SUCCESS) {
-      ++refused_calls_;
-    } else if (on) {
-      enabled_calls_.emplace_back(domain, id);
-    }
-  }
 }
 
 void ActivityRecorder::disable_all() noexcept {
-  for (const auto& [domain, id] : enabled_calls_) {
-    domain == CUPTI_CB_DOMAIN_RUNTIME_API ? api_.enable_runtime_api(id, 0) : api_.enable_driver_api(id, 0);
-  }
-  enabled_calls_.clear();
+  calls_.disable();
   for (const auto kind : enabled_) api_.disable(kind);
   enabled_.clear();
 }
@@ -251,10 +217,16 @@ void ActivityRecorder::settle() {
   queue_empty_.wait(lock, [this] { return queue_.empty() && !decoding_; });
 }
 
-ActivityColumns ActivityRecorder::drain() {
+DeviceColumns ActivityRecorder::drain() {
   std::lock_guard<std::mutex> lock(columns_mutex_);
-  ActivityColumns drained;
+  DeviceColumns drained;
   std::swap(drained, columns_);
+  return drained;
+}
+
+LaunchColumns ActivityRecorder::drain_calls() {
+  LaunchColumns drained;
+  calls_.drain(drained);
   return drained;
 }
 
@@ -274,19 +246,17 @@ std::map<std::string, int64_t> ActivityRecorder::statistics() const {
     std::lock_guard<std::mutex> lock(columns_mutex_);
     found = {{"kernels", counts_.kernels},
              {"copies", counts_.copies},
-             {"launches", counts_.launches},
              {"overheads", counts_.overheads},
              {"lost_timestamps", counts_.lost_timestamps},
-             {"unknown_records", counts_.unknown_records},
-             {"filtered_calls", counts_.filtered_calls}};
+             {"unknown_records", counts_.unknown_records}};
   }
   std::lock_guard<std::mutex> lock(queue_mutex_);
   found["dropped_records"] = dropped_;
   found["failed_allocations"] = failed_allocations_;
   found["buffers_allocated"] = allocated_;
   found["buffers_in_flight"] = in_flight_;
-  found["enabled_calls"] = static_cast<int64_t>(enabled_calls_.size());
-  found["refused_calls"] = refused_calls_;
+  found["launches"] = calls_.traced();
+  found["lost_calls"] = calls_.lost();
   found["peak_queue_bytes"] = static_cast<int64_t>(peak_queued_bytes_);
   return found;
 }

@@ -9,27 +9,26 @@
 #include <thread>
 
 #include "activity_decoder.h"
+#include "call_tracer.h"
 
 namespace llmkern {
 
-// How host calls are recorded: not, call by call, or all but the uninteresting ones.
-enum class HostCalls { kNone, kSingle, kAllBut };
-
 class ActivityRecorder {
  public:
-  explicit ActivityRecorder(const std::vector<std::string>& libraries);
+  ActivityRecorder(const std::vector<std::string>& candidates, const std::string& library);
   ~ActivityRecorder();
   ActivityRecorder(const ActivityRecorder&) = delete;
   ActivityRecorder& operator=(const ActivityRecorder&) = delete;
 
-  void start(size_t buffer_bytes, HostCalls host_calls, bool hold_subscriber);
+  void start(size_t buffer_bytes, bool host_calls);
   void stop();
   void flush(bool forced);
   // Waits until every buffer handed over so far is decoded.
   void settle();
   // Passes records through the same queue and decoder as CUPTI's.
   void inject(const uint8_t* data, size_t size);
-  ActivityColumns drain();
+  DeviceColumns drain();
+  LaunchColumns drain_calls();
   int64_t backlog() const;
   std::vector<std::string> names() const { return names_.names(); }
   std::map<std::string, int64_t> statistics() const;
@@ -46,10 +45,8 @@ class ActivityRecorder {
   static void CUPTIAPI on_buffer_requested(uint8_t** buffer, size_t* size, size_t* max_records) noexcept;
   static void CUPTIAPI on_buffer_completed(CUcontext context, uint32_t stream, uint8_t* buffer, size_t size,
                                            size_t valid) noexcept;
-  static void CUPTIAPI on_callback(void*, CUpti_CallbackDomain, CUpti_CallbackId, const void*) noexcept {}
 
-  void enable_all(HostCalls host_calls);
-  void enable_calls(CUpti_CallbackDomain domain, HostCalls host_calls);
+  void enable_all();
   void disable_all() noexcept;
   uint8_t* take_buffer(size_t* size);
   void give_buffer(uint8_t* data, size_t used, size_t capacity);
@@ -59,12 +56,11 @@ class ActivityRecorder {
 
   CuptiApi api_;
   NamePool names_;
+  CallTracer calls_;
   CUpti_SubscriberHandle subscriber_ = nullptr;
   std::vector<CUpti_ActivityKind> enabled_;
-  std::vector<std::pair<CUpti_CallbackDomain, CUpti_CallbackId>> enabled_calls_;
   std::atomic<bool> running_{false};
-  int64_t refused_calls_ = 0;
-  std::atomic<size_t> buffer_bytes_{4 << 20};
+  std::atomic<size_t> buffer_bytes_{1 << 20};
 
   mutable std::mutex pool_mutex_;
   std::vector<uint8_t*> pool_;
@@ -78,7 +74,7 @@ class ActivityRecorder {
   std::thread decoder_thread_;
 
   mutable std::mutex columns_mutex_;
-  ActivityColumns columns_;
+  DeviceColumns columns_;
   DecodeCounts counts_;
 };
 

@@ -31,8 +31,7 @@ py::dict to_dict(KernelColumns& c) {
 
 py::dict to_dict(LaunchColumns& c) {
   py::dict d;
-  COLUMN(start_ns), COLUMN(end_ns), COLUMN(process), COLUMN(thread), COLUMN(correlation_id), COLUMN(api), COLUMN(layer);
-  COLUMN(return_value);
+  COLUMN(start_ns), COLUMN(end_ns), COLUMN(process), COLUMN(thread), COLUMN(correlation_id), COLUMN(api);
   return d;
 }
 
@@ -92,18 +91,12 @@ PYBIND11_MODULE(_recorder, m) {
 
   // Never destroyed: CUPTI may hand a buffer back after the last flush.
   py::class_<ActivityRecorder, std::unique_ptr<ActivityRecorder, py::nodelete>>(m, "ActivityRecorder")
-      .def(py::init<const std::vector<std::string>&>(), py::arg("libraries") = std::vector<std::string>{})
+      .def(py::init<const std::vector<std::string>&, const std::string&>(),
+           py::arg("candidates") = std::vector<std::string>{}, py::arg("library") = "")
       .def_property_readonly("library_path", [](const ActivityRecorder& r) { return r.api().library.path(); })
       .def_property_readonly("version", [](const ActivityRecorder& r) { return r.api().version; })
-      .def("start",
-           [](ActivityRecorder& r, size_t buffer_bytes, const std::string& host_calls, bool hold_subscriber) {
-             const auto mode = host_calls == "none"     ? HostCalls::kNone
-                               : host_calls == "single" ? HostCalls::kSingle
-                                                        : HostCalls::kAllBut;
-             py::gil_scoped_release release;
-             r.start(buffer_bytes, mode, hold_subscriber);
-           },
-           py::arg("buffer_bytes") = 4 << 20, py::arg("host_calls") = "single", py::arg("hold_subscriber") = true)
+      .def("start", &ActivityRecorder::start, py::arg("buffer_bytes") = 1 << 20, py::arg("host_calls") = true,
+           py::call_guard<py::gil_scoped_release>())
       .def("stop", &ActivityRecorder::stop, py::call_guard<py::gil_scoped_release>())
       .def("flush", &ActivityRecorder::flush, py::arg("forced") = false, py::call_guard<py::gil_scoped_release>())
       .def("settle", &ActivityRecorder::settle, py::call_guard<py::gil_scoped_release>())
@@ -115,14 +108,16 @@ PYBIND11_MODULE(_recorder, m) {
            })
       .def("drain",
            [](ActivityRecorder& r) {
-             ActivityColumns columns;
+             DeviceColumns columns;
+             LaunchColumns calls;
              {
                py::gil_scoped_release release;
                columns = r.drain();
+               calls = r.drain_calls();
              }
              py::dict d;
              d["kernels"] = to_dict(columns.kernels);
-             d["launches"] = to_dict(columns.launches);
+             d["launches"] = to_dict(calls);
              d["overheads"] = to_dict(columns.overheads);
              return d;
            })

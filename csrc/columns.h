@@ -17,8 +17,7 @@ struct KernelColumns {
 
 struct LaunchColumns {
   std::vector<int64_t> start_ns, end_ns, thread, correlation_id;
-  std::vector<int32_t> process, api, return_value;
-  std::vector<int8_t> layer;
+  std::vector<int32_t> process, api;
 };
 
 struct OverheadColumns {
@@ -26,9 +25,9 @@ struct OverheadColumns {
   std::vector<int32_t> kind;
 };
 
-struct ActivityColumns {
+// What the device and CUPTI itself did, as decoded from activity buffers.
+struct DeviceColumns {
   KernelColumns kernels;
-  LaunchColumns launches;
   OverheadColumns overheads;
 };
 

@@ -26,8 +26,9 @@ std::vector<std::string> with_sonames(std::vector<std::string> candidates) {
 
 }  // namespace
 
-CuptiApi::CuptiApi(const std::vector<std::string>& candidates)
-    : library("libcupti.so", with_sonames(candidates),
+CuptiApi::CuptiApi(const std::vector<std::string>& candidates, const std::string& file)
+    : library(file.empty() ? "libcupti.so" : "",
+              file.empty() ? with_sonames(candidates) : std::vector<std::string>{file},
               "install the CUPTI of your CUDA version ('pip install nvidia-cuda-cupti'); a CUDA build of torch brings it."),
       get_version(library.need<decltype(get_version)>("cuptiGetVersion")),
       get_result_string(library.need<decltype(get_result_string)>("cuptiGetResultString")),
@@ -35,6 +36,7 @@ CuptiApi::CuptiApi(const std::vector<std::string>& candidates)
       get_timestamp(library.need<decltype(get_timestamp)>("cuptiGetTimestamp")),
       subscribe(library.need<decltype(subscribe)>("cuptiSubscribe")),
       unsubscribe(library.need<decltype(unsubscribe)>("cuptiUnsubscribe")),
+      enable_callback(library.need<decltype(enable_callback)>("cuptiEnableCallback")),
       get_callback_name(library.need<decltype(get_callback_name)>("cuptiGetCallbackName")),
       enable(library.need<decltype(enable)>("cuptiActivityEnable")),
       disable(library.need<decltype(disable)>("cuptiActivityDisable")),
@@ -43,9 +45,7 @@ CuptiApi::CuptiApi(const std::vector<std::string>& candidates)
       get_num_dropped_records(library.need<decltype(get_num_dropped_records)>("cuptiActivityGetNumDroppedRecords")),
       flush_all(library.need<decltype(flush_all)>("cuptiActivityFlushAll")),
       set_attribute(library.need<decltype(set_attribute)>("cuptiActivitySetAttribute")),
-      set_thread_id_type(library.need<decltype(set_thread_id_type)>("cuptiSetThreadIdType")),
-      enable_runtime_api(library.find<decltype(enable_runtime_api)>("cuptiActivityEnableRuntimeApi")),
-      enable_driver_api(library.find<decltype(enable_driver_api)>("cuptiActivityEnableDriverApi")) {
+      set_thread_id_type(library.need<decltype(set_thread_id_type)>("cuptiSetThreadIdType")) {
   get_version(&version);
   if (version < kOldestVersion) {
     throw RecorderError("CUPTI at " + library.path() + " has API version " + std::to_string(version) +

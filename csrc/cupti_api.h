@@ -12,7 +12,8 @@
 namespace llmkern {
 
 struct CuptiApi {
-  explicit CuptiApi(const std::vector<std::string>& candidates);
+  // `library` is the file to take and no other; empty looks for one, `candidates` first.
+  CuptiApi(const std::vector<std::string>& candidates, const std::string& library);
 
   // Throws RecorderError with a sentence about `what` unless `result` is success.
   void check(CUptiResult result, const char* what) const;
@@ -29,6 +30,7 @@ struct CuptiApi {
   decltype(&cuptiGetTimestamp) get_timestamp;
   decltype(&cuptiSubscribe) subscribe;
   decltype(&cuptiUnsubscribe) unsubscribe;
+  decltype(&cuptiEnableCallback) enable_callback;
   decltype(&cuptiGetCallbackName) get_callback_name;
   decltype(&cuptiActivityEnable) enable;
   decltype(&cuptiActivityDisable) disable;
@@ -38,9 +40,6 @@ struct CuptiApi {
   decltype(&cuptiActivityFlushAll) flush_all;
   decltype(&cuptiActivitySetAttribute) set_attribute;
   decltype(&cuptiSetThreadIdType) set_thread_id_type;
-  // Absent before CUPTI 12.5; then whole API kinds are enabled and filtered by the decoder.
-  decltype(&cuptiActivityEnableRuntimeApi) enable_runtime_api;
-  decltype(&cuptiActivityEnableDriverApi) enable_driver_api;
 };
 
 }  // namespace llmkern

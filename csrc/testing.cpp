@@ -102,19 +102,6 @@ py::bytes memset_records(const Int64s& start_ns, const Int64s& end_ns, const Int
                                       });
 }
 
-py::bytes api_records(const Int64s& start_ns, const Int64s& end_ns, const Int64s& call_id, const Int64s& correlation_id,
-                      int64_t thread, bool driver) {
-  const auto kind = driver ? CUPTI_ACTIVITY_KIND_DRIVER : CUPTI_ACTIVITY_KIND_RUNTIME;
-  return build<CUpti_ActivityAPI>(static_cast<size_t>(start_ns.size()), kind, [&](auto& r, size_t i) {
-    r.start = static_cast<uint64_t>(start_ns.at(i));
-    r.end = static_cast<uint64_t>(end_ns.at(i));
-    r.cbid = static_cast<CUpti_CallbackId>(call_id.at(i));
-    r.correlationId = static_cast<uint32_t>(correlation_id.at(i));
-    r.processId = 42;
-    r.threadId = static_cast<uint32_t>(thread);
-  });
-}
-
 py::bytes overhead_records(const Int64s& start_ns, const Int64s& end_ns, int kind, int64_t thread) {
   return build<CUpti_ActivityOverhead3>(static_cast<size_t>(start_ns.size()), CUPTI_ACTIVITY_KIND_OVERHEAD,
                                         [&](auto& r, size_t i) {
@@ -136,8 +123,6 @@ void bind_testing(py::module_& parent) {
   m.def("memcpy_records", &memcpy_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("bytes"),
         py::arg("copy_kind"), py::arg("src_kind"), py::arg("dst_kind"));
   m.def("memset_records", &memset_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("bytes"));
-  m.def("api_records", &api_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("call_id"),
-        py::arg("correlation_id"), py::arg("thread") = 1, py::arg("driver") = false);
   m.def("overhead_records", &overhead_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("kind"),
         py::arg("thread") = 1);
 }

@@ -109,6 +109,9 @@ class OperatorRecorder(TorchDispatchMode):
     def flush(self) -> None:
         """Do nothing: a record is there as soon as its operator has returned."""
 
+    def discard(self) -> None:
+        self._records = []
+
     def drain(self) -> dict[str, Columns]:
         records, self._records = self._records, []
         first = self._count

@@ -15,9 +15,6 @@ from llmkern.errors import DeviceError
 from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
 from llmkern.record.rapl import RaplMeter, package_zones
 
-# How host calls are recorded: "single" enables the interesting ones, "all but" disables the others.
-HOST_CALLS = os.environ.get("LLMKERN_HOST_CALLS", "single")
-
 # Set by the tools that launch a program under their own CUPTI; the name in the message saves the user a search.
 _NSYS_SESSION = "NSYS_PROFILING_SESSION_ID"
 _INJECTORS = {_NSYS_SESSION: "Nsight Systems", "CUDA_INJECTION64_PATH": "an injected tool"}
@@ -175,21 +172,25 @@ def check_nvml(info: dict[str, Any], support: dict[str, str | None]) -> None:
 
 
 class CuptiRecorder:
-    """Kernel, copy and launch records of this process through CUPTI."""
+    """Kernel, copy and launch records of this process through CUPTI.
 
-    def __init__(self) -> None:
+    *library* is the file to take instead of searching; without *host_calls* only the device is recorded.
+    """
+
+    def __init__(self, library: str = "", *, host_calls: bool = True) -> None:
+        self._host_calls = host_calls
         module = native()
         self._errors = module.RecorderError
         self._kinds: list[str] = list(module.KIND_NAMES)
         self._running = False
         try:
-            self._recorder = module.ActivityRecorder(cupti_candidates())
+            self._recorder = module.ActivityRecorder(cupti_candidates(), library)
         except self._errors as error:
             raise DeviceError(str(error)) from error
 
     def start(self) -> None:
         try:
-            self._recorder.start(host_calls=HOST_CALLS)
+            self._recorder.start(host_calls=self._host_calls)
         except self._errors as error:
             owner = next((who for key, who in _INJECTORS.items() if os.environ.get(key)), None)
             hint = f" ({owner} started this process)" if owner else ""
@@ -205,6 +206,11 @@ class CuptiRecorder:
     def flush(self) -> None:
         if self._running:
             self._recorder.flush()
+
+    def discard(self) -> None:
+        self._recorder.flush(forced=True)
+        self._recorder.settle()
+        self._recorder.drain()
 
     def inject(self, records: bytes) -> None:
         """Pass raw activity records through the same path as CUPTI's own (load generators, tests)."""

@@ -47,6 +47,10 @@ class KernelRecorder(Protocol):
 
     def flush(self) -> None: ...
 
+    def discard(self) -> None:
+        """Forget everything until now; the device has to be idle."""
+        ...
+
     def drain(self) -> dict[str, Columns]:
         """Return new rows of tables ``kernels``, ``launches`` and ``overheads``, without column ``pass``."""
         ...

@@ -33,8 +33,7 @@ def record_timeline(
         # The first launches under a new recorder are slow (instrumentation, lazy loading): run and forget them.
         generation(min(2, new_tokens))
         device.synchronize()
-        recorder.flush()
-        recorder.drain()
+        recorder.discard()
         annotator.drain()
         with Pump(writer, [lambda: flushed(recorder), lambda: ranges(annotator, "time"), *_readings(meters)]) as pump:
             with generation.layers_annotated():

@@ -82,6 +82,9 @@ def random_model(
             progress("Loading", done + 1, len(names))
     _initialize_buffers(model, config, device)
     model.tie_weights()
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise RuntimeError(f"no values for {', '.join(left[:3])} of {type(model).__name__}")
     model.eval()
     return model, _plant(model, config.hidden_size, outliers, seed)
 
@@ -103,9 +106,6 @@ def _initialize_buffers(model: nn.Module, config: PretrainedConfig, device: torc
         if any(b.is_meta for b in module.buffers(recurse=False)):
             with torch.device(device):
                 model.set_submodule(name, type(module)(config=config))
-    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    if left:
-        raise RuntimeError(f"no values for {', '.join(left[:3])} of {type(model).__name__}")
 
 
 def _plant(model: nn.Module, hidden_size: int, outliers: int, seed: int) -> OutlierPlan | None:

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from llmkern.attribute.equal_power import attribute
-from llmkern.errors import DeviceError, OutOfMemoryError
+from llmkern.errors import OutOfMemoryError
 from llmkern.progress import Stages
 from llmkern.record import session
 from llmkern.record.options import TraceOptions
@@ -50,24 +49,26 @@ def test_a_run_at_each_precision_closes_its_books(tmp_path: Path, precision: str
     assert found.weighed is not None
     assert found.weighed.floor is not None
     assert found.weighed.floor.at(None).value > 40
-    # The same kernels run in every decode step, so their number per token is whole (but for the growing cache).
-    tokens = found.timeline.kernels.groupby(["instance", "token"]).size()
-    assert tokens.loc[:, 2:].nunique() <= 2
+    assert found.timeline.outside == 0
+    if precision != "int8":
+        # The same kernels run in every decode step; LLM.int8() takes another path where it meets an outlier.
+        tokens = found.timeline.kernels.groupby(["instance", "token"]).size()
+        assert tokens.loc[:, 2:].nunique() <= 2
 
 
 def test_kill_9_leaves_what_was_recorded_until_then(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "llmkern.trace", "--model", "qwen-tiny", "--device", "cuda"),
-            *("--out", str(out), "--prompt-tokens", "48", "--new-tokens", "32", "--repeats", "2000", "--quiet"),
+            *(sys.executable, "-m", "llmkern.trace", "--model", "qwen-tiny", "--device", "cuda", "--quiet"),
+            *("--out", str(out), "--prompt-tokens", "48", "--repeats", "1", "--trace-repeats", "5000"),
         ],
         cwd=ROOT,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     try:
         deadline_s = time.monotonic() + 120
-        while len(list(out.glob("segments/ranges-*.parquet"))) < 12:
+        while len(list(out.glob("segments/kernels-*.parquet"))) < 4:
             assert process.poll() is None
             assert time.monotonic() < deadline_s
             time.sleep(0.1)
@@ -78,12 +79,14 @@ def test_kill_9_leaves_what_was_recorded_until_then(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    last_ns = RunFolder(out).table("ranges")["end_ns"].max()
-    assert killed_ns - last_ns < 2e9
+    run = RunFolder(out)
+    for table in ("ranges", "kernels", "launches"):
+        age_s = (killed_ns - run.table(table)["end_ns"].max()) / 1e9
+        assert age_s < 2, table
     done = llmkern("report", str(out))
     assert done.returncode == 0
     assert "incomplete" in done.stdout
-    assert "decode" in done.stdout
+    assert "decode, per token" in done.stdout
 
 
 def test_out_of_memory_is_found_before_anything_is_built(tmp_path: Path) -> None:
@@ -104,15 +107,22 @@ def test_out_of_memory_on_the_way_is_a_sentence_and_keeps_the_folder(
 
 
 def test_a_profiler_in_the_process_keeps_what_was_weighed(tmp_path: Path) -> None:
-    options = TraceOptions(
-        "qwen-tiny", device="cuda", prompt_tokens=48, new_tokens=6, warmup=2, repeats=2, out=tmp_path / "run"
-    )
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
-        torch.ones(1, device="cuda")
-        with pytest.raises(DeviceError, match="another profiler"):
-            session.trace(options, Stages(quiet=True))
-    assert RunFolder(tmp_path / "run").facts["status"] == "failed"
-    again = llmkern("report", str(tmp_path / "run"))
+    # In a process of its own, because torch.profiler keeps CUPTI until the process ends.
+    out = tmp_path / "run"
+    program = f"""
+import sys, torch
+from llmkern.cli import run, trace
+sys.argv = ["trace", "--model", "qwen-tiny", "--out", {str(out)!r}, *{SMALL!r}]
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
+    torch.ones(1, device="cuda")
+    run(trace, "trace")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 3, done.stderr
+    assert "another profiler" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert RunFolder(out).facts["status"] == "failed"
+    again = llmkern("report", str(out))
     assert again.returncode == 0
     assert "another profiler" in again.stdout
     assert "decode" in again.stdout

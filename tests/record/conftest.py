@@ -23,3 +23,8 @@ def compiled(source: str, folder: Path, *options: str) -> str:
 @pytest.fixture(scope="session")
 def fake_nvml(tmp_path_factory: pytest.TempPathFactory) -> str:
     return compiled("fake_nvml.c", tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def fake_cupti(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return compiled("fake_cupti.c", tmp_path_factory.mktemp("cupti"))

@@ -1,0 +1,62 @@
+// Records host calls (launches, copies, synchronisations, allocations) through CUPTI's callbacks, call by call.
+//
+// Activity records could hold them too, but their per-call enabling works only before a CUDA context exists, and
+// enabling the whole API costs every small query some time (measured; see bench/overhead.py).
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "columns.h"
+#include "cupti_api.h"
+
+namespace llmkern {
+
+// Whether a host call is one that launches, copies, synchronises or allocates.
+bool is_traced_call(const std::string& name);
+
+class CallTracer {
+ public:
+  CallTracer(const CuptiApi& api, NamePool& names) : api_(api), names_(names) {}
+
+  // The callback to subscribe with; its user data is the tracer.
+  static void CUPTIAPI on_call(void* tracer, CUpti_CallbackDomain domain, CUpti_CallbackId id,
+                               const void* data) noexcept;
+
+  void enable(CUpti_SubscriberHandle subscriber);
+  void disable() noexcept;
+  void drain(LaunchColumns& columns);
+  int64_t traced() const { return traced_; }
+  int64_t lost() const { return lost_; }
+  size_t enabled() const { return enabled_.size(); }
+
+ private:
+  struct Call {
+    int64_t start_ns, end_ns;
+    uint32_t correlation_id;
+    int32_t api;
+  };
+  // Calls of one thread; the lock is contended only while they are drained.
+  struct ThreadCalls {
+    std::mutex mutex;
+    std::vector<Call> calls;
+    int64_t thread = 0;
+  };
+
+  void begin(const CUpti_CallbackData& data) noexcept;
+  void end(CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUpti_CallbackData& data);
+  ThreadCalls& of_this_thread();
+
+  const CuptiApi& api_;
+  NamePool& names_;
+  CUpti_SubscriberHandle subscriber_ = nullptr;
+  std::vector<std::pair<CUpti_CallbackDomain, CUpti_CallbackId>> enabled_;
+  std::vector<int32_t> api_names_[2];
+  std::atomic<int64_t> recording_{0}, traced_{0}, lost_{0};
+  std::mutex threads_mutex_;
+  std::vector<std::shared_ptr<ThreadCalls>> threads_;
+};
+
+}  // namespace llmkern
