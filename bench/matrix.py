@@ -17,13 +17,14 @@ from llmkern.attribute.equal_power import Attribution, attribute
 from llmkern.attribute.estimate import ratio
 from llmkern.run import RunFolder
 
+# What the study's finding rests on comes first, should the machine be taken away.
 CONFIGURATIONS: dict[str, list[str]] = {
     "fp32": ["--precision", "fp32"],
-    "bf16": ["--precision", "bf16"],
-    "fp16": ["--precision", "fp16"],
     "int8": ["--precision", "int8"],
+    "bf16": ["--precision", "bf16"],
     "int8 without outliers": ["--precision", "int8", "--outliers", "0"],
     "int4": ["--precision", "int4"],
+    "fp16": ["--precision", "fp16"],
 }
 
 

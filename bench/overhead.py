@@ -1,11 +1,15 @@
-"""What recording costs: the decode loop bare and recorded in turn in one process, token by token.
+"""What recording costs: the decode loop with and without each part of llmkern, switched every few tokens.
 
 python -m bench.overhead --model qwen-7b --precision bf16
 
-Virtual hosts are noisy: the same loop takes 21 or 40 ms a token from one second to the next. So bare and recorded
-generations take turns every half second, either first as often as the other, and what is compared are the medians of all
-their token times; "the same twice" shows what the method itself cannot tell apart. The 25th percentile beside it is that
-of the tokens the host disturbed least.
+Virtual hosts are noisy: one and the same loop takes 21 ms a token now and 40 ms a second later. So what is compared
+lies next to each other: within one long generation a part is switched on and off in the order off, on, on, off, a few
+tokens each (the first after a switch does not count), and every four such blocks give one sample of the effect. The part
+"nothing" switches nothing and shows what the method cannot tell apart.
+
+What llmkern does from time to time on threads of its own (reading sensors, writing segments) cannot be switched that
+way. For it the bench tells for how much of the time those threads can have held up the launching one: the CPU time in
+which they held Python's interpreter, and the time of their calls into the driver.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +28,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.result import case, metric, write
-from llmkern.attribute.estimate import Estimate
+from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.record.annotate import Annotator
 from llmkern.record.cuda import CuptiRecorder
 from llmkern.record.device import Device, KernelRecorder, choose_device
 from llmkern.record.generation import Generation
 from llmkern.record.pump import Pump
 from llmkern.record.timing import flushed, ranges
-from llmkern.record.weigh import RARE_TICK_S, pace
+from llmkern.record.weigh import RARE_TICK_S, OwnCost, pace
 from llmkern.run import RunWriter
 from llmkern.workload.load import load_model
 from llmkern.workload.models import find_model
@@ -38,17 +43,29 @@ from llmkern.workload.prompts import builtin_prompts
 
 WEIGH_LIMIT = 0.01
 TIME_LIMIT = 0.05
-DRAWS = 2000
+# Off, on, on, off: a drift over the four blocks favours neither.
+PATTERN = (False, True, True, False)
 
 Condition = Callable[[], AbstractContextManager[Any]]
-Rounds = list[tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Switched:
+    """Token times in ms with a part off and on, one row per four blocks."""
+
+    off_ms: np.ndarray
+    on_ms: np.ndarray
+
+    def effect(self) -> Estimate:
+        """Return by how much of itself the median token time of four blocks grew."""
+        return from_samples((np.median(self.on_ms, axis=1) / np.median(self.off_ms, axis=1) - 1).tolist())
 
 
 class Bench:
-    """One loaded model and the conditions under which its decode loop is timed."""
+    """One loaded model and the parts of llmkern that can be switched on in its decode loop."""
 
-    def __init__(self, model: str, precision: str, device: Device, prompt_tokens: int, new_tokens: int) -> None:
-        self.device, self.new_tokens = device, new_tokens
+    def __init__(self, model: str, precision: str, device: Device, prompt_tokens: int) -> None:
+        self.device = device
         loaded = load_model(find_model(model), precision=precision, weights="random", device=device.torch_device)
         prompts = builtin_prompts(1, prompt_tokens, loaded.tokenizer, int(loaded.config.vocab_size), 0)
         self.annotator = Annotator()
@@ -60,45 +77,49 @@ class Bench:
         self.generation = Generation(loaded.model, *self._inputs.values(), self.annotator, device.synchronize)
         self._folder = tempfile.TemporaryDirectory()
         self._writer = RunWriter(Path(self._folder.name) / "run", {})
-        self._forward_ends_ns: list[int] = []
-        # The only thing of ours in the bare loop, and in every other: one time stamp per forward.
-        loaded.model.register_forward_hook(lambda *_: self._forward_ends_ns.append(time.perf_counter_ns()))
 
-    def bare(self, new_tokens: int) -> None:
+    def generate(self, new_tokens: int) -> None:
         """Generate without any hook of llmkern."""
         with torch.inference_mode():
             self._model.generate(**self._inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-
-    def annotated(self, new_tokens: int) -> None:
-        self.generation(new_tokens)
-
-    def token_times_ms(self, work: Callable[[int], object]) -> np.ndarray:
-        """Return the time of each decoded token of one generation, after a short one that does not count."""
-        work(3)
         self.device.synchronize()
-        self._forward_ends_ns.clear()
-        work(self.new_tokens)
-        self.device.synchronize()
-        return np.diff(self._forward_ends_ns) / 1e6
 
-    @contextmanager
-    def weighed(self) -> Iterator[None]:
-        """The conditions of pass weigh: sensor threads, phase marks, the pump."""
-        with ExitStack() as stack:
-            meters = self.device.meters()
-            for meter in meters:
-                meter.start()
-                stack.callback(meter.stop)
-            # The sensor looks for its tick before it comes to rest.
-            time.sleep(0.4)
-            pace(meters, RARE_TICK_S)
-            drains = [meter.drain for meter in meters]
-            stack.enter_context(Pump(self._writer, [lambda: ranges(self.annotator, "weigh"), *drains]))
-            yield
+    def switched(self, condition: Condition, quads: int, block: int) -> Switched:
+        """Decode 4 x *quads* blocks of *block* tokens and switch *condition* between them."""
+        times_ms: list[float] = []
+        active = ExitStack()
+        is_on = False
+        begin_s = 0.0
+
+        def after_forward(*_: object) -> None:
+            nonlocal begin_s, is_on
+            end_s = time.perf_counter()
+            times_ms.append((end_s - begin_s) * 1e3)
+            # The first forward is the prefill, which belongs to no block.
+            token = len(times_ms) - 1
+            if token % block == 0:
+                wanted = PATTERN[token // block % 4]
+                if wanted and not is_on:
+                    active.enter_context(condition())
+                elif is_on and not wanted:
+                    active.close()
+                is_on = wanted
+            begin_s = time.perf_counter()
+
+        hook = self._model.register_forward_hook(after_forward)
+        try:
+            with active:
+                self.generate(1 + 4 * quads * block)
+        finally:
+            hook.remove()
+        # [quad, block of four, tokens without the first]
+        blocks = np.asarray(times_ms[1 : 1 + 4 * quads * block]).reshape(quads, 4, block)[:, :, 1:]
+        on = np.asarray(PATTERN)
+        return Switched(blocks[:, ~on].reshape(quads, -1), blocks[:, on].reshape(quads, -1))
 
     @contextmanager
     def recorded(self, recorder: KernelRecorder) -> Iterator[None]:
-        """A recorder alone: no sensors, no ranges per layer, nothing written."""
+        """A recorder alone: no ranges per layer, nothing written."""
         recorder.start()
         try:
             yield
@@ -108,49 +129,38 @@ class Bench:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """The conditions of pass time: all of weigh, the recorder, and ranges per layer."""
+        """What pass time adds to every launch: recorder, host calls, ranges per layer."""
+        with self.recorded(self.device.recorder()), self.generation.layers_annotated():
+            yield
+        self.annotator.drain()
+
+    def own_share(self, *, tracing: bool, seconds: float) -> float:
+        """Return for how much of the time llmkern's own threads can hold up the launches in pass weigh or time."""
         recorder = self.device.recorder()
-        with self.weighed():
-            recorder.start()
-            try:
-                with Pump(self._writer, [lambda: flushed(recorder)]), self.generation.layers_annotated():
-                    yield
-                    recorder.stop()
-            finally:
+        meters = self.device.meters()
+        with ExitStack() as stack:
+            for meter in meters:
+                meter.start()
+                stack.callback(meter.stop)
+            # The sensor looks for its tick before it comes to rest.
+            time.sleep(0.5)
+            pace(meters, RARE_TICK_S)
+            sources = [lambda: ranges(self.annotator, "weigh"), *(meter.drain for meter in meters)]
+            if tracing:
+                recorder.start()
+                stack.callback(recorder.stop)
+                stack.enter_context(self.generation.layers_annotated())
+                sources.append(lambda: flushed(recorder))
+            pump = stack.enter_context(Pump(self._writer, sources))
+            cost = OwnCost(pump, meters)
+            begin_s = time.monotonic()
+            while time.monotonic() - begin_s < seconds:
+                with cost.window():
+                    self.generation(32)
+            if tracing:
                 recorder.stop()
-
-
-def in_turn(bench: Bench, other: Callable[[int], object], condition: Condition, rounds: int) -> Rounds:
-    """Return the token times in ms of the bare loop and of *other* under *condition*, one pair per round."""
-    pairs = []
-    for round_ in range(rounds):
-
-        def under() -> np.ndarray:
-            with condition():
-                return bench.token_times_ms(other)
-
-        # Either goes first as often as the other, so that a drift of the host favours neither.
-        if round_ % 2 == 0:
-            first = bench.token_times_ms(bench.bare)
-            second = under()
-        else:
-            second = under()
-            first = bench.token_times_ms(bench.bare)
-        pairs.append((first, second))
-    return pairs
-
-
-def effect(pairs: Rounds, percentile: float) -> Estimate:
-    """Return by how much of itself the *percentile* of all token times grew, with its bootstrap interval over rounds."""
-
-    def grown(chosen: Rounds) -> float:
-        before, after = (np.percentile(np.concatenate(side), percentile) for side in zip(*chosen, strict=True))
-        return float(after / before - 1)
-
-    random = np.random.default_rng(0)
-    draws = [grown([pairs[i] for i in random.integers(0, len(pairs), len(pairs))]) for _ in range(DRAWS)]
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(grown(pairs), float(low), float(high), len(pairs))
+        facts = cost.facts()
+        return (facts["pump_s"] + facts["sensors_s"]) / facts["wall_s"]
 
 
 def main() -> None:
@@ -159,63 +169,63 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=16, help="of one generation; its tokens are timed one by one")
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--quads", type=int, default=28, help="samples per part; four blocks of tokens each")
+    parser.add_argument("--block", type=int, default=3, help="tokens between two switches")
+    parser.add_argument("--seconds", type=float, default=8.0, help="how long own threads are watched, per pass")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    bench = Bench(
-        arguments.model,
-        arguments.precision,
-        choose_device(arguments.device),
-        arguments.prompt_tokens,
-        arguments.new_tokens,
-    )
+    bench = Bench(arguments.model, arguments.precision, choose_device(arguments.device), arguments.prompt_tokens)
     for _ in range(4):
-        bench.bare(arguments.new_tokens)
-    before = np.concatenate([bench.token_times_ms(bench.bare) for _ in range(4)])
+        bench.generate(16)
     cuda = bench.device.kind == "cuda"
-    activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    gpu = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    half, third = max(2, arguments.rounds // 2), max(2, arguments.rounds // 3)
-    whole_recorder = bench.device.recorder()
-    kernel_recorder = CuptiRecorder(host_calls=False) if cuda else whole_recorder
-    # torch.profiler comes last: it keeps CUPTI once it has it.
-    conditions: list[tuple[str, Callable[[int], object], Condition, int, float | None]] = [
-        ("the same twice", bench.bare, nullcontext, arguments.rounds, None),
-        ("weigh", bench.annotated, bench.weighed, arguments.rounds, WEIGH_LIMIT),
-        ("ranges per layer alone", bench.annotated, bench.generation.layers_annotated, half, None),
-        ("kernel records alone", bench.bare, lambda: bench.recorded(kernel_recorder), half, None),
-        ("kernel records and host calls", bench.bare, lambda: bench.recorded(whole_recorder), half, None),
-        ("time", bench.annotated, bench.timed, arguments.rounds, TIME_LIMIT),
-        ("torch.profiler, CUDA", bench.bare, lambda: profile(activities=activities), third, None),
-        ("torch.profiler, CPU and CUDA", bench.bare, lambda: profile(activities=both), third, None),
-    ]
     cases = []
-    parameters = {k: getattr(arguments, k) for k in ("model", "precision", "prompt_tokens", "new_tokens")}
-    for name, run, condition, rounds, limit in conditions:
-        pairs = in_turn(bench, run, condition, rounds)
-        bare, recorded = (np.concatenate(side) for side in zip(*pairs, strict=True))
-        median, quartile = effect(pairs, 50), effect(pairs, 25)
-        metrics = {
-            "effect_on_median": metric(median, "1"),
-            "effect_on_25th_percentile": metric(quartile, "1"),
-            "bare_per_token": metric(float(np.median(bare)), "ms", bare.tolist()),
-            "recorded_per_token": metric(float(np.median(recorded)), "ms", recorded.tolist()),
-        }
-        passed = None if limit is None else median.value <= limit
+    parameters = {k: getattr(arguments, k) for k in ("model", "precision", "prompt_tokens", "quads", "block")}
+
+    def say(name: str, text: str, metrics: dict[str, Any], limit: float | None, bound: float) -> None:
+        passed = None if limit is None else bound <= limit
         note = "" if passed is not False else f"above the bar of {limit:.0%}"
-        cases.append(case(name, {**parameters, "rounds": rounds}, metrics, passed, note))
-        print(
-            f"{name:30s} median {median.value:+7.2%} [{median.low:+.2%}, {median.high:+.2%}]  "
-            f"25th percentile {quartile.value:+7.2%} [{quartile.low:+.2%}, {quartile.high:+.2%}]  "
-            f"{np.median(bare):.1f} -> {np.median(recorded):.1f} ms/token",
-            flush=True,
-        )
+        cases.append(case(name, parameters, metrics, passed, note))
+        print(f"{name:32s} {text}  {'' if limit is None else 'passed' if passed else note}", flush=True)
         write("overhead", cases, arguments.results)
-    after = np.concatenate([bench.token_times_ms(bench.bare) for _ in range(4)])
-    drift = float(np.median(after) / np.median(before) - 1)
-    cases.append(case("bare after everything / before anything", parameters, {"drift": metric(drift, "1")}, None))
-    print(f"bare after everything against before anything: {drift:+.2%}")
+
+    def measure(
+        name: str, condition: Condition, limit: float | None = None, quads: int = arguments.quads, more: float = 0.0
+    ) -> float:
+        found = bench.switched(condition, quads, arguments.block)
+        effect = found.effect()
+        metrics = {
+            "effect": metric(effect, "1"),
+            "off_per_token": metric(float(np.median(found.off_ms)), "ms", found.off_ms.ravel().tolist()),
+            "on_per_token": metric(float(np.median(found.on_ms)), "ms", found.on_ms.ravel().tolist()),
+        }
+        text = f"{effect.value:+7.2%} [{effect.low:+.2%}, {effect.high:+.2%}] "
+        text += f"{np.median(found.off_ms):.1f} -> {np.median(found.on_ms):.1f} ms/token"
+        if more:
+            metrics["with_own_threads"] = metric(effect.value + more, "1")
+            text += f", with its own threads {effect.value + more:+.2%}"
+        say(name, text, metrics, limit, effect.value + more)
+        return effect.value
+
+    measure("nothing", nullcontext)
+    weigh_share = bench.own_share(tracing=False, seconds=arguments.seconds)
+    metrics = {"own_threads": metric(weigh_share, "1")}
+    say("weigh: own threads", f"{weigh_share:+7.2%}", metrics, WEIGH_LIMIT, weigh_share)
+    measure("ranges per layer", bench.generation.layers_annotated)
+    if cuda:
+        kernels_only = CuptiRecorder(host_calls=False)
+        measure("kernel records", lambda: bench.recorded(kernels_only))
+    recorder = bench.device.recorder()
+    measure("kernel records and host calls", lambda: bench.recorded(recorder))
+    time_share = bench.own_share(tracing=True, seconds=arguments.seconds)
+    metrics = {"own_threads": metric(time_share, "1")}
+    say("time: own threads", f"{time_share:+7.2%}", metrics, None, time_share)
+    measure("time", bench.timed, TIME_LIMIT, more=time_share)
+    # Last: torch.profiler keeps CUPTI once it has it.
+    few = max(2, arguments.quads // 3)
+    measure("torch.profiler, GPU", lambda: profile(activities=gpu), quads=few)
+    measure("torch.profiler, CPU and GPU", lambda: profile(activities=both), quads=few)
     print(write("overhead", cases, arguments.results))
 
 

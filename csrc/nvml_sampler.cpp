@@ -181,6 +181,7 @@ void NvmlSampler::loop() {
     // The cheap reads wait while a tick is near, so that they do not blur it.
     if (now >= fields_at && counter_at - now_ns() > kMs) fields_at = read_fields(now_ns());
     if (now >= samples_at && counter_at - now_ns() > kMs) samples_at = read_samples(now_ns());
+    busy_ns_ += now_ns() - now;
     const int64_t wake = std::min({counter_at, std::max(fields_at, now + kPauseNs), std::max(samples_at, now + kPauseNs)});
     std::unique_lock<std::mutex> lock(mutex_);
     const int64_t rest = wake - now_ns();

@@ -57,6 +57,8 @@ class NvmlSampler {
   // The next tick of the energy counter after the call: (time, mJ); nothing after `timeout_s`.
   std::optional<std::pair<int64_t, int64_t>> wait_for_tick(double timeout_s);
   std::optional<double> tick_period_ms() const;
+  // How long calls into NVML have taken since the sampler was made.
+  double busy_s() const { return static_cast<double>(busy_ns_) / 1e9; }
   std::optional<std::string> last_error() const;
 
  private:
@@ -84,7 +86,7 @@ class NvmlSampler {
   int64_t last_tick_ns_ = 0;
   int64_t period_ns_;
   std::deque<int64_t> periods_ns_;
-  std::atomic<int64_t> interval_ns_{0};
+  std::atomic<int64_t> interval_ns_{0}, busy_ns_{0};
   bool locked_ = false;
   unsigned long long last_sample_us_ = 0;
 

@@ -148,7 +148,7 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_what_was_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llmkern.run.pq.write_table", refuse)
+    monkeypatch.setattr("llmkern.run.pq.ParquetWriter.write_table", refuse)
     with pytest.raises(RecordingError, match="No space left on device.*--out"):
         writer.append("energy", energy_rows(3, 3))
     assert len(RunFolder(tmp_path / "run").table("energy")) == 3

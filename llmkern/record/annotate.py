@@ -6,16 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import nvtx
 
 DOMAIN = "llmkern"
 
 
-@dataclass(slots=True)
-class Range:
+class Range(NamedTuple):
     """One closed range; times in CLOCK_REALTIME nanoseconds."""
 
     start_ns: int
@@ -41,7 +39,7 @@ class Annotator:
         self._domain = nvtx.get_domain(DOMAIN)
         self._attributes: dict[tuple[str, str], Any] = {}
         self._open: list[tuple[int, str, str, str | None, int | None]] = []
-        self._closed: list[Range] = []
+        self._closed: list[tuple[Any, ...]] = []
         self._thread = threading.get_native_id()
         self.last_start_ns = 0
         self.round: int | None = None
@@ -65,19 +63,11 @@ class Annotator:
         start_ns, name, category, phase, token = self._open.pop()
         self.last_start_ns = start_ns
         self._domain.pop_range()
+        # A plain tuple: this runs twice per layer and token.
         self._closed.append(
-            Range(
-                start_ns,
-                end_ns,
-                self._thread,
-                name,
-                category,
-                len(self._open),
-                phase,
-                token,
-                self.round,
-                self.repeat,
-                self.new_tokens,
+            (
+                *(start_ns, end_ns, self._thread, name, category, len(self._open)),
+                *(phase, token, self.round, self.repeat, self.new_tokens),
             )
         )
         return end_ns
@@ -97,28 +87,10 @@ class Annotator:
     def drain(self) -> list[Range]:
         """Return and forget the ranges closed since the last call (safe from another thread)."""
         closed, self._closed = self._closed, []
-        return closed
+        return [Range._make(values) for values in closed]
 
 
 def columns(ranges: list[Range], pass_name: str) -> dict[str, Any]:
     """Return *ranges* as columns of table ``ranges``."""
-    return {
-        "pass": pass_name,
-        "domain": DOMAIN,
-        **{
-            field: [getattr(r, field) for r in ranges]
-            for field in (
-                "start_ns",
-                "end_ns",
-                "thread",
-                "name",
-                "category",
-                "depth",
-                "phase",
-                "token",
-                "round",
-                "repeat",
-                "new_tokens",
-            )
-        },
-    }
+    values = zip(*ranges, strict=True) if ranges else [()] * len(Range._fields)
+    return {"pass": pass_name, "domain": DOMAIN, **dict(zip(Range._fields, map(list, values), strict=True))}

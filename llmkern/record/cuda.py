@@ -138,6 +138,9 @@ class NvmlMeter:
         energy["device"] = np.full(len(energy["timestamp_ns"]), self._device, np.int32)
         return {"power": power, "energy": energy}
 
+    def busy_s(self) -> float:
+        return float(self._sampler.busy_s)
+
     def call_costs_us(self) -> dict[str, float]:
         """Return what one call of each source costs in µs."""
         costs: dict[str, float] = self._sampler.call_costs_us()

@@ -33,6 +33,10 @@ class EnergyMeter(Protocol):
         """Read about one tick in *every_s* seconds from now on; 0 reads every tick."""
         ...
 
+    def busy_s(self) -> float:
+        """Return the seconds that its thread has spent reading until now."""
+        ...
+
     def facts(self) -> dict[str, Any]:
         """Return what run.json says of the sensors: what works, refresh period, errors."""
         ...

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,18 +96,34 @@ class Generation:
 
     @contextmanager
     def layers_annotated(self) -> Iterator[None]:
-        """Mark every decoder layer with a range as well (two hooks per layer and token step)."""
+        """Mark every decoder layer with a range as well.
+
+        Each layer's forward is wrapped for the time: two hooks per layer would cost several times as much, because they
+        switch off the short way through torch.nn.Module's call.
+        """
         note = self._annotator
-        with ExitStack() as stack:
-            for index, layer in enumerate(decoder_layers(self._model)):
-                name = f"layer {index}"
 
-                def before(_module: nn.Module, _args: Any, name: str = name) -> None:
-                    note.push(name, "layer", "decode" if self._step else "prefill", self._step)
-
-                def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+        def marked(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+            @functools.wraps(forward)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                note.push(name, "layer", "decode" if self._step else "prefill", self._step)
+                try:
+                    return forward(*args, **kwargs)
+                finally:
                     note.pop()
 
-                stack.callback(layer.register_forward_pre_hook(before).remove)
-                stack.callback(layer.register_forward_hook(after).remove)
+            return run
+
+        layers = decoder_layers(self._model)
+        before = [vars(layer).get("forward") for layer in layers]
+        try:
+            for index, layer in enumerate(layers):
+                layer.forward = marked(layer.forward, f"layer {index}")
             yield
+        finally:
+            for layer, forward in zip(layers, before, strict=True):
+                if forward is None:
+                    vars(layer).pop("forward", None)
+                else:
+                    # Something else (accelerate's hooks, say) had wrapped it before.
+                    layer.forward = forward

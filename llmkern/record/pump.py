@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ class Pump:
         self._period_s = period_s
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        # CPU time in which this thread may have held Python's interpreter, so that the launching thread had to wait.
+        self.held_s = 0.0
         self._thread = threading.Thread(target=self._loop, name="llmkern-pump", daemon=True)
 
     def __enter__(self) -> Pump:
@@ -55,9 +58,11 @@ class Pump:
     def _pump(self) -> None:
         if self._error is not None:
             return
+        begin_s = time.thread_time() - self._writer.released_s
         try:
             for source in self._sources:
                 for table, columns in source().items():
                     self._writer.append(table, columns)
         except BaseException as error:
             self._error = error
+        self.held_s += time.thread_time() - self._writer.released_s - begin_s

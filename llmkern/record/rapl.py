@@ -59,6 +59,7 @@ class RaplMeter:
         self._wraps = dict.fromkeys(zones, 0)
         self._last: dict[Zone, int] = {}
         self._latest_ns = 0
+        self._busy_s = 0.0
         self._tick = threading.Condition()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -80,6 +81,7 @@ class RaplMeter:
 
     def read(self) -> None:
         """Read every counter once, allowing for its wrap."""
+        begin_s = time.perf_counter()
         with self._tick:
             for zone in self._zones:
                 try:
@@ -92,10 +94,14 @@ class RaplMeter:
                 self._latest_ns = time.time_ns()
                 self._rows.append((self._latest_ns, zone.package, (value_uj + self._wraps[zone]) // 1000))
             self._tick.notify_all()
+        self._busy_s += time.perf_counter() - begin_s
 
     def wait_for_tick(self, timeout_s: float) -> int | None:
         with self._tick:
             return self._latest_ns if self._tick.wait(timeout_s) else None
+
+    def busy_s(self) -> float:
+        return self._busy_s
 
     def pace(self, every_s: float) -> None:
         """Do nothing: a read of the file costs microseconds."""

@@ -23,7 +23,7 @@ from llmkern.record.generation import Generation, decoder_layers
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
 from llmkern.record.timing import ranges, record_timeline
-from llmkern.record.weigh import SHORTEST_WINDOW_S, idle, plan_windows, warm_up, weigh
+from llmkern.record.weigh import SHORTEST_WINDOW_S, OwnCost, idle, plan_windows, warm_up, weigh
 from llmkern.run import RunWriter
 from llmkern.workload.load import LoadedModel, load_model
 from llmkern.workload.models import ModelSpec, build_config, find_model
@@ -137,8 +137,9 @@ def _record(
                 return stepped
 
             idle(annotator, meters)
+            cost = OwnCost(pump, meters)
             with stages.stage("Weighing", plan.generations) as advance:
-                weigh(generation, annotator, meters, plan, step(advance))
+                weigh(generation, annotator, meters, plan, step(advance), cost)
             idle(annotator, meters)
         with stages.stage("Timing", options.trace_repeats) as advance:
             recorder_facts = record_timeline(
@@ -152,7 +153,10 @@ def _record(
                 advance=advance,
             )
         writer.write_facts(
-            plan=asdict(plan), recorder=recorder_facts, sensors={meter.name: meter.facts() for meter in meters}
+            plan=asdict(plan),
+            own_cost=cost.facts(),
+            recorder=recorder_facts,
+            sensors={meter.name: meter.facts() for meter in meters},
         )
 
 

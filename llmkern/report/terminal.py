@@ -197,6 +197,14 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
         if decode.energy_by_ranges_j is not None and decode.energy_j is not None:
             text += f", energy {decode.energy_by_ranges_j.value / decode.energy_j.value - 1:+.2%}"
         lines.append(text + ".")
+    cost = run.facts.get("own_cost")
+    if cost:
+        share = (cost["pump_s"] + cost["sensors_s"]) / cost["wall_s"]
+        lines.append(
+            f"While windows were weighed, llmkern's own threads can have held up the launches for {share:.2%} of the "
+            f"time at most (sensors {cost['sensors_s'] / cost['wall_s']:.2%}, writing "
+            f"{cost['pump_s'] / cost['wall_s']:.2%})."
+        )
     recorder = run.facts.get("recorder")
     if recorder:
         lines.append(
