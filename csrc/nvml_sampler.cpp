@@ -11,6 +11,8 @@ using namespace std::chrono_literals;
 
 constexpr int64_t kMs = 1'000'000;
 constexpr int64_t kFieldPeriodNs = 250 * kMs;
+// Clock, temperature and throttle reasons take some 2 ms together while the GPU works: with rare ticks, rarely as well.
+constexpr int64_t kRareFieldPeriodNs = 1000 * kMs;
 // The driver keeps 119 samples of 20 ms; asking every second loses none.
 constexpr int64_t kSamplePeriodNs = 900 * kMs;
 // A counter call takes about 3 ms on an H100: begin so early that one call ends before the tick.
@@ -273,6 +275,7 @@ void NvmlSampler::record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t e
 }
 
 int64_t NvmlSampler::read_fields(int64_t now) {
+  const int64_t field_period_ns = interval_ns_ > 0 ? kRareFieldPeriodNs : kFieldPeriodNs;
   nvml::FieldValue values[3];
   Sensor sensors[3];
   int count = 0;
@@ -299,7 +302,7 @@ int64_t NvmlSampler::read_fields(int64_t now) {
     const int result = api_.fields(device_, count, values);
     if (result != nvml::kSuccess) {
       failed(result, "read its power fields");
-      return now + kFieldPeriodNs;
+      return now + field_period_ns;
     }
   }
   std::lock_guard<std::mutex> lock(mutex_);
@@ -313,7 +316,7 @@ int64_t NvmlSampler::read_fields(int64_t now) {
     power_.temperature_c.push_back(temperature_c);
     power_.throttle.push_back(throttle);
   }
-  return now + kFieldPeriodNs;
+  return now + field_period_ns;
 }
 
 int64_t NvmlSampler::read_samples(int64_t now) {

@@ -21,51 +21,19 @@ LEAST_SPREAD_C = 3.0
 
 
 class EnergyCurve:
-    """Cumulative energy of one sensor: exact at its ticks, shaped between them by faster power samples if given.
+    """Cumulative energy of one sensor, exact at its ticks (ns, mJ). Moments outside the ticks give NaN."""
 
-    Ticks are ns and mJ, samples ns and mW. Moments outside the ticks give NaN.
-    """
-
-    def __init__(
-        self,
-        tick_ns: np.ndarray,
-        tick_mj: np.ndarray,
-        sample_ns: np.ndarray | None = None,
-        sample_mw: np.ndarray | None = None,
-    ) -> None:
+    def __init__(self, tick_ns: np.ndarray, tick_mj: np.ndarray) -> None:
         order = np.argsort(tick_ns, kind="stable")
         self.tick_ns = np.asarray(tick_ns, np.int64)[order]
         self.tick_j = np.asarray(tick_mj, float)[order] / 1e3
-        self._knot_ns = self.tick_ns
-        self._knot_j = self.tick_j
-        if sample_ns is not None and sample_mw is not None and len(sample_ns) > 1 and len(tick_ns) > 1:
-            self._shape(np.asarray(sample_ns, np.int64), np.asarray(sample_mw, float) / 1e3)
-
-    def _shape(self, sample_ns: np.ndarray, sample_w: np.ndarray) -> None:
-        """Add knots at the samples inside each tick interval, scaled so that every tick keeps its counter value."""
-        order = np.argsort(sample_ns, kind="stable")
-        sample_ns, sample_w = sample_ns[order], sample_w[order]
-        # A sample is the mean power up to its time stamp.
-        sum_j = np.concatenate([[0.0], np.cumsum(sample_w[1:] * np.diff(sample_ns) / 1e9)])
-        inside = (sample_ns > self.tick_ns[0]) & (sample_ns < self.tick_ns[-1])
-        covered = (self.tick_ns >= sample_ns[0]) & (self.tick_ns <= sample_ns[-1])
-        at_tick = np.interp(self.tick_ns, sample_ns, sum_j)
-        left = np.searchsorted(self.tick_ns, sample_ns[inside], side="right") - 1
-        good = covered[left] & covered[left + 1] & (at_tick[left + 1] > at_tick[left])
-        left, times, sums = left[good], sample_ns[inside][good], sum_j[inside][good]
-        share = (sums - at_tick[left]) / (at_tick[left + 1] - at_tick[left])
-        values = self.tick_j[left] + share * (self.tick_j[left + 1] - self.tick_j[left])
-        knot_ns = np.concatenate([self.tick_ns, times])
-        knot_j = np.concatenate([self.tick_j, values])
-        order = np.argsort(knot_ns, kind="stable")
-        self._knot_ns, self._knot_j = knot_ns[order], knot_j[order]
 
     def __len__(self) -> int:
         return len(self.tick_ns)
 
     def at(self, time_ns: np.ndarray | float) -> np.ndarray:
         """Return the counter in J at *time_ns*, NaN outside the ticks."""
-        return np.interp(time_ns, self._knot_ns, self._knot_j, left=np.nan, right=np.nan)
+        return np.interp(time_ns, self.tick_ns, self.tick_j, left=np.nan, right=np.nan)
 
     def window(self, start_ns: int, end_ns: int) -> tuple[int, int, float] | None:
         """Return the ticks that frame a window and the J between them: (tick before, tick after, energy).

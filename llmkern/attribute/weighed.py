@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from llmkern.attribute.by_ranges import ByRanges, energy_by_ranges
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.run import RunFolder
@@ -36,7 +37,8 @@ class Weighed:
 
     ``counter_j`` is what the counter moved from the first window's tick to the last window's; ``windows_j`` of it was
     spent in the windows, ``idle_j`` is floor x the time between them, and ``residual_j`` what is left.
-    ``samples_j`` is the integral of the faster power samples over the same time, None without them.
+    ``samples_j`` is the integral of the faster power samples over the same time, None without them, and
+    ``sample_lag_ms`` by how much they come late.
     """
 
     phases: dict[str, PhaseWeight]
@@ -47,7 +49,7 @@ class Weighed:
     idle_j: float | None = None
     residual_j: float | None = None
     samples_j: float | None = None
-    notes: list[str] = field(default_factory=list)
+    sample_lag_ms: float | None = None
 
 
 def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | None:
@@ -60,7 +62,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     power = run.table("power")
     if device is not None:
         power = power[power["device"] == device]
-    curve = _curve(run.table("energy"), power, sensor, device)
+    curve = _curve(run.table("energy"), sensor, device)
     temperature = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
     windows = ranges[ranges["category"] == "window"].sort_values("start_ns")
     generations = ranges[ranges["category"] == "generate"].sort_values("start_ns")
@@ -69,14 +71,31 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     mean_c = mean_temperature(temperature, windows)
     floor = measure_floor(curve, ranges[ranges["category"] == "idle"], temperature) if curve is not None else None
     measured = _measure_windows(windows, generations, curve, floor, mean_c)
-    phases = _phases(measured, ranges, curve)
+    books = _books(measured, curve, floor, mean_c, power)
+    longest = ranges["new_tokens"].max()
+    marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
+    by_ranges = None
+    if curve is not None:
+        sample_ns, sample_w = _samples(curve, power if device is not None else power.iloc[:0], books)
+        by_ranges = energy_by_ranges(sample_ns, sample_w, windows[windows["new_tokens"] == longest], marks)
+    phases = _phases(measured, marks, by_ranges)
     if not phases:
         return None
-    books = _books(measured, curve, floor, mean_c, power)
-    return Weighed(phases, floor, mean_c, **books)
+    return Weighed(phases, floor, mean_c, **books, sample_lag_ms=by_ranges.lag_ms if by_ranges is not None else None)
 
 
-def _curve(energy: pd.DataFrame, power: pd.DataFrame, sensor: str, device: int | None) -> EnergyCurve | None:
+def _samples(curve: EnergyCurve, power: pd.DataFrame, books: dict[str, float | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Return times in ns and mean powers in W: the driver's samples in the counter's scale, or the counter's own ticks."""
+    samples = power[power["sensor"] == "samples"].sort_values("timestamp_ns")
+    if len(samples) > 1:
+        counter_j, samples_j = books.get("counter_j"), books.get("samples_j")
+        scale = counter_j / samples_j if counter_j and samples_j else 1.0
+        return samples["timestamp_ns"].to_numpy(), samples["power_mw"].to_numpy(float) / 1e3 * scale
+    watts = np.diff(curve.tick_j, prepend=np.nan) / (np.diff(curve.tick_ns, prepend=0) / 1e9)
+    return curve.tick_ns, watts
+
+
+def _curve(energy: pd.DataFrame, sensor: str, device: int | None) -> EnergyCurve | None:
     rows = energy[energy["sensor"] == sensor]
     if device is not None:
         rows = rows[rows["device"] == device]
@@ -91,13 +110,7 @@ def _curve(energy: pd.DataFrame, power: pd.DataFrame, sensor: str, device: int |
         rows = first.assign(energy_mj=total)
     if len(rows) < 2:
         return None
-    samples = power[power["sensor"] == "samples"] if device is not None else power.iloc[:0]
-    return EnergyCurve(
-        rows["timestamp_ns"].to_numpy(),
-        rows["energy_mj"].to_numpy(),
-        samples["timestamp_ns"].to_numpy(),
-        samples["power_mw"].to_numpy(),
-    )
+    return EnergyCurve(rows["timestamp_ns"].to_numpy(), rows["energy_mj"].to_numpy())
 
 
 def _measure_windows(
@@ -142,7 +155,7 @@ def _measure_windows(
     return frame
 
 
-def _phases(measured: pd.DataFrame, ranges: pd.DataFrame, curve: EnergyCurve | None) -> dict[str, PhaseWeight]:
+def _phases(measured: pd.DataFrame, marks: pd.DataFrame, by_ranges: ByRanges | None) -> dict[str, PhaseWeight]:
     """Return prefill = generate(1) and decode = (generate(n) - generate(1)) / (n - 1), round by round."""
     if measured.empty:
         return {}
@@ -154,16 +167,15 @@ def _phases(measured: pd.DataFrame, ranges: pd.DataFrame, curve: EnergyCurve | N
         return {}
     short, long = short.loc[rounds], long.loc[rounds]
     per_token = longest - 1
-    marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
     return {
-        "prefill": _phase("prefill", "call", short["latency_s"], short["energy_j"], marks, curve, 1),
+        "prefill": _phase("prefill", "call", short["latency_s"], short["energy_j"], marks, by_ranges, 1),
         "decode": _phase(
             "decode",
             "token",
             (long["latency_s"] - short["latency_s"]) / per_token,
             (long["energy_j"] - short["energy_j"]) / per_token,
             marks,
-            curve,
+            by_ranges,
             per_token,
         ),
     }
@@ -175,18 +187,14 @@ def _phase(
     latency_s: pd.Series,
     energy_j: pd.Series,
     marks: pd.DataFrame,
-    curve: EnergyCurve | None,
+    by_ranges: ByRanges | None,
     steps: int,
 ) -> PhaseWeight:
     spans = marks[marks["phase"] == phase]
     # Rounds are the independent samples: repeats inside one share its ticks.
     lengths_s = (spans["end_ns"] - spans["start_ns"]) / 1e9 / steps
     by_round = lengths_s.groupby(spans["round"]).mean()
-    energy_by_ranges = None
-    if curve is not None and not spans.empty:
-        joule = (curve.at(spans["end_ns"].to_numpy()) - curve.at(spans["start_ns"].to_numpy())) / steps
-        per_round = pd.Series(joule, spans.index).groupby(spans["round"]).mean().dropna()
-        energy_by_ranges = from_samples(per_round.to_list()) if len(per_round) else None
+    joule = by_ranges.energy_j.get(phase, []) if by_ranges is not None else []
     known = energy_j.dropna()
     return PhaseWeight(
         phase,
@@ -196,7 +204,7 @@ def _phase(
         from_samples(known.to_list()) if len(known) else None,
         known.to_list(),
         from_samples(by_round.to_list()) if len(by_round) else from_samples(latency_s.to_list()),
-        energy_by_ranges,
+        from_samples([j / steps for j in joule]) if joule else None,
     )
 
 

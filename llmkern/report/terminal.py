@@ -182,7 +182,8 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
         )
         if weighed.samples_j is not None:
             apart = weighed.samples_j / weighed.counter_j - 1
-            lines.append(f"The driver's 20 ms power samples integrate to {apart:+.2%} of the counter.")
+            late = "" if weighed.sample_lag_ms is None else f" and come {weighed.sample_lag_ms:.0f} ms late"
+            lines.append(f"The driver's power samples integrate to {apart:+.2%} of the counter{late}.")
         if weighed.floor is not None and weighed.temperature_c is not None:
             slope = weighed.floor.slope_w_per_c
             slope_text = f", slope {slope:.2f} W/°C measured" if slope is not None else ""
