@@ -4,8 +4,8 @@ python -m bench.overhead --model qwen-7b --precision bf16
 
 Virtual hosts are noisy: one and the same loop takes 21 ms a token now and 40 ms a second later. So what is compared
 lies next to each other: within one long generation a part is switched on and off in the order off, on, on, off, a few
-tokens each (the first after a switch does not count), and every four such blocks give one sample of the effect. The part
-"nothing" switches nothing and shows what the method cannot tell apart.
+tokens each (the first after a switch does not count), and every four such blocks give one sample of the effect. The
+part "nothing" switches nothing and shows what the method cannot tell apart.
 
 What llmkern does from time to time on threads of its own (reading sensors, writing segments) cannot be switched that
 way. For it the bench tells for how much of the time those threads can have held up the launching one: the CPU time in
@@ -33,7 +33,7 @@ from llmkern.record.annotate import Annotator
 from llmkern.record.cuda import CuptiRecorder
 from llmkern.record.device import Device, KernelRecorder, choose_device
 from llmkern.record.generation import Generation
-from llmkern.record.pump import Pump
+from llmkern.record.pump import Pump, Source
 from llmkern.record.timing import flushed, ranges
 from llmkern.record.weigh import RARE_TICK_S, OwnCost, pace
 from llmkern.run import RunWriter
@@ -74,7 +74,8 @@ class Bench:
             "input_ids": prompts.input_ids.to(device.torch_device),
             "attention_mask": prompts.attention_mask.to(device.torch_device),
         }
-        self.generation = Generation(loaded.model, *self._inputs.values(), self.annotator, device.synchronize)
+        ids, mask = self._inputs["input_ids"], self._inputs["attention_mask"]
+        self.generation = Generation(loaded.model, ids, mask, self.annotator, device.synchronize)
         self._folder = tempfile.TemporaryDirectory()
         self._writer = RunWriter(Path(self._folder.name) / "run", {})
 
@@ -145,7 +146,7 @@ class Bench:
             # The sensor looks for its tick before it comes to rest.
             time.sleep(0.5)
             pace(meters, RARE_TICK_S)
-            sources = [lambda: ranges(self.annotator, "weigh"), *(meter.drain for meter in meters)]
+            sources: list[Source] = [lambda: ranges(self.annotator, "weigh"), *(meter.drain for meter in meters)]
             if tracing:
                 recorder.start()
                 stack.callback(recorder.stop)

@@ -167,8 +167,8 @@ def run(command: click.Command, program: str) -> None:
             raise
         kind = type(error).__name__
         _fail(
-            f"something unforeseen went wrong ({kind}: {error}). This is a fault of llmkern: run the command again with "
-            "--debug and report what it prints.",
+            f"something unforeseen went wrong ({kind}: {error}). This is a fault of llmkern: run the command again "
+            "with --debug and report what it prints.",
             INTERNAL_ERROR,
         )
     sys.exit(0)

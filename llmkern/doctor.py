@@ -71,13 +71,8 @@ def _gpu() -> list[Finding]:
         found = []
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
-            found.append(
-                Finding(
-                    f"GPU {index}",
-                    OK,
-                    f"{facts.name}, compute capability {facts.major}.{facts.minor}, {facts.total_memory / 2**30:.0f} GiB",
-                )
-            )
+            capability, memory = f"{facts.major}.{facts.minor}", f"{facts.total_memory / 2**30:.0f} GiB"
+            found.append(Finding(f"GPU {index}", OK, f"{facts.name}, compute capability {capability}, {memory}"))
         return found
     if torch.version.cuda is None:
         return [Finding("GPU", MISSING, f"torch {torch.__version__} is a CPU build", "Install a CUDA build of torch.")]

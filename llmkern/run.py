@@ -305,9 +305,10 @@ class RunFolder:
             ) from error
         version = self.facts.get("schema") if isinstance(self.facts, dict) else None
         if version != SCHEMA_VERSION:
+            newer = isinstance(version, int) and version > SCHEMA_VERSION
             raise RunFolderError(
                 f"{path} has run-folder schema {version}, this llmkern reads schema {SCHEMA_VERSION}: "
-                f"{'update llmkern' if isinstance(version, int) and version > SCHEMA_VERSION else 'trace the run again'}."
+                f"{'update llmkern' if newer else 'trace the run again'}."
             )
 
     @property

@@ -83,7 +83,7 @@ def test_dictionary_columns_and_nulls_pass_through() -> None:
 
 def test_an_existing_folder_is_refused_and_force_replaces_it(tmp_path: Path) -> None:
     RunWriter(tmp_path / "run", {"mark": 1})
-    with pytest.raises(UsageError, match="exists and is not overwritten.*--force"):
+    with pytest.raises(UsageError, match=r"exists and is not overwritten.*--force"):
         RunWriter(tmp_path / "run", {})
     RunWriter(tmp_path / "run", {"mark": 2}, force=True)
     assert RunFolder(tmp_path / "run").facts["mark"] == 2
@@ -149,7 +149,7 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_what_was_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("llmkern.run.pq.ParquetWriter.write_table", refuse)
-    with pytest.raises(RecordingError, match="No space left on device.*--out"):
+    with pytest.raises(RecordingError, match=r"No space left on device.*--out"):
         writer.append("energy", energy_rows(3, 3))
     assert len(RunFolder(tmp_path / "run").table("energy")) == 3
 
@@ -163,9 +163,13 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     try:
         writer = RunWriter(disk / "run", {})
         noise = np.random.default_rng(0)
-        with pytest.raises(RecordingError, match="No space left on device"):
+
+        def fill() -> None:
             for i in range(100):
                 writer.append("energy", energy_rows(i, 5000) | {"energy_mj": noise.integers(0, 2**60, 5000)})
+
+        with pytest.raises(RecordingError, match="No space left on device"):
+            fill()
         assert len(RunFolder(disk / "run").table("energy")) >= 5000
     finally:
         subprocess.run(["umount", str(disk)], check=True)

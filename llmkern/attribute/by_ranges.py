@@ -28,9 +28,9 @@ def energy_by_ranges(
 ) -> ByRanges | None:
     """Split the energy of *windows* between the phases that ran in them; both have start_ns and end_ns.
 
-    A 26 ms prefill covers one 20 ms sample and parts of two more, so joules cannot be cut at its marks. But it runs many
-    times, each time elsewhere relative to the samples: in each window a least-squares fit over all samples finds the mean
-    power of each phase from the share of every sample that it covers. None where the samples are too few.
+    A 26 ms prefill covers one 20 ms sample and parts of two more, so joules cannot be cut at its marks. But it runs
+    many times, each time elsewhere relative to the samples: in each window a least-squares fit over all samples finds
+    the mean power of each phase from the share of every sample that it covers. None where the samples are too few.
     """
     order = np.argsort(sample_ns, kind="stable")
     # Nanoseconds since 1970 do not fit a float's 53 bits.

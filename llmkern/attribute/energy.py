@@ -33,7 +33,7 @@ class EnergyCurve:
 
     def at(self, time_ns: np.ndarray | float) -> np.ndarray:
         """Return the counter in J at *time_ns*, NaN outside the ticks."""
-        return np.interp(time_ns, self.tick_ns, self.tick_j, left=np.nan, right=np.nan)
+        return np.interp(np.asarray(time_ns), self.tick_ns, self.tick_j, left=np.nan, right=np.nan)
 
     def window(self, start_ns: int, end_ns: int) -> tuple[int, int, float] | None:
         """Return the ticks that frame a window and the J between them: (tick before, tick after, energy).

@@ -85,7 +85,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
 
 
 def _samples(curve: EnergyCurve, power: pd.DataFrame, books: dict[str, float | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Return times in ns and mean powers in W: the driver's samples in the counter's scale, or the counter's own ticks."""
+    """Return times in ns and mean powers in W: the driver's samples in the counter's scale, or else its own ticks."""
     samples = power[power["sensor"] == "samples"].sort_values("timestamp_ns")
     if len(samples) > 1:
         counter_j, samples_j = books.get("counter_j"), books.get("samples_j")
@@ -120,7 +120,7 @@ def _measure_windows(
     floor: Floor | None,
     mean_c: float | None,
 ) -> pd.DataFrame:
-    """Return one row per window: round, new_tokens, repeats, latency_s and energy_j of one generation, and its ticks."""
+    """Return a row per window: round, new_tokens, repeats, latency_s and energy_j of one generation, and its ticks."""
     rows = []
     for window in windows.itertuples():
         inside = generations[(generations["start_ns"] >= window.start_ns) & (generations["end_ns"] <= window.end_ns)]

@@ -24,7 +24,7 @@ class Zone:
 
 def package_zones(root: Path = POWERCAP) -> tuple[list[Zone], str | None]:
     """Return the readable package zones, and a sentence that says why there are none."""
-    zones = []
+    zones: list[Zone] = []
     denied = []
     for folder in sorted(root.glob("*-rapl:*")):
         # A name with two colons is a part (core, dram) of a package and already counted in it.

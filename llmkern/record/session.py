@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -209,8 +209,6 @@ def _folder_name(spec: ModelSpec, options: TraceOptions) -> str:
 
 def _record_failure(writer: RunWriter, reason: str) -> None:
     """Note why the recording stopped; the segments stay where they are."""
-    try:
+    # The disk may be what failed; the first error is the one to tell.
+    with suppress(LlmkernError):
         writer.write_facts(status="failed", reason=reason)
-    except LlmkernError:
-        # The disk may be what failed; the first error is the one to tell.
-        pass

@@ -39,7 +39,7 @@ class WeighPlan:
 
 
 def plan_windows(repeats: int, new_tokens: int, prefill_s: float, generate_s: float, shortest_s: float) -> WeighPlan:
-    """Return the plan for *repeats* generations in all, more where a window would be shorter than *shortest_s* seconds."""
+    """Return the plan for *repeats* generations in all, more where a window would be under *shortest_s* seconds."""
     rounds = min(ROUNDS, repeats)
 
     def spread(one_s: float) -> tuple[int, ...]:
@@ -73,8 +73,8 @@ def idle(annotator: Annotator, meters: list[EnergyMeter], seconds: float = IDLE_
 class OwnCost:
     """How long llmkern's own threads may have held up the launching thread while windows ran, at the most.
 
-    For the pump that is the CPU time in which it held Python's interpreter, for the sensors the time of their calls into
-    the driver.
+    For the pump that is the CPU time in which it held Python's interpreter, for the sensors the time of their calls
+    into the driver.
     """
 
     def __init__(self, pump: Pump, meters: list[EnergyMeter]) -> None:

@@ -57,7 +57,8 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
         where = "RAPL" if run.facts["device"]["kind"] == "cpu" else "NVML"
         return [f"There is no energy: {where} gave no counter on this machine ('llmkern doctor' says why); time only."]
     found = [
-        "Kernels are given equal power here: energy by duration, so a light kernel counts too much, a heavy one too little."
+        "Kernels are given equal power here: energy by duration, so that a light kernel counts too much and a heavy "
+        "one too little."
     ]
     rounds = len(next(iter(weighed.phases.values())).energy_samples_j)
     if rounds < 3:

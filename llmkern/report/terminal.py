@@ -25,8 +25,8 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
         write_table(run.path, "attribution", {c: attribution.frame[c] for c in attribution.frame.columns})
     uncertain = doubts(run, attribution)
     console.print()
-    for line in _heading(run.facts):
-        console.print(line, highlight=False)
+    for heading in _heading(run.facts):
+        console.print(heading, highlight=False)
     if not run.complete:
         console.print(Text(uncertain.pop(0), style="bold yellow"))
     console.print()
@@ -176,8 +176,9 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
         assert weighed.idle_j is not None
         assert weighed.residual_j is not None
         lines.append(
-            f"Whole weigh pass: counter {quantity(weighed.counter_j, 'J')} = windows {quantity(weighed.windows_j, 'J')} "
-            f"+ idle between them {quantity(weighed.idle_j, 'J')} + residual {quantity(weighed.residual_j, 'J')} "
+            f"Whole weigh pass: counter {quantity(weighed.counter_j, 'J')} = windows "
+            f"{quantity(weighed.windows_j, 'J')} + idle between them {quantity(weighed.idle_j, 'J')} "
+            f"+ residual {quantity(weighed.residual_j, 'J')} "
             f"({weighed.residual_j / weighed.counter_j:+.2%})."
         )
         if weighed.samples_j is not None:

@@ -7,7 +7,7 @@ import re
 
 from llmkern.attribute.estimate import Estimate
 
-_SCALES = {
+_SCALES: dict[str, list[tuple[float, str]]] = {
     "s": [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")],
     "J": [(1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")],
     "W": [(1.0, "W")],

@@ -117,7 +117,8 @@ def _choose(spec: ModelSpec, weights: str) -> tuple[str, str]:
         return "local", ""
     if weights == "local":
         raise UsageError(
-            f"--weights local needs a folder: give its path as --model instead of {spec.name!r}, or use --weights random."
+            f"--weights local needs a folder: give its path as --model instead of {spec.name!r}, "
+            "or use --weights random."
         )
     if spec.hub_id is None:
         if weights == "hub":

@@ -173,7 +173,9 @@ def build_config(spec: ModelSpec) -> PretrainedConfig:
     if spec.architecture:
         values = dict(spec.architecture)
         rope = {"rope_theta": values.pop("rope_theta"), **values.pop("rope_scaling", {"rope_type": "default"})}
-        return _CLASSES[values.pop("model_type")](rope_parameters=rope, **values)
+        architecture: Any = _CLASSES[values.pop("model_type")]
+        configuration: PretrainedConfig = architecture(rope_parameters=rope, **values)
+        return configuration
     source = str(spec.path or spec.hub_id)
     try:
         return AutoConfig.from_pretrained(source)

@@ -135,6 +135,7 @@ def quantize_into(layer: nn.Module, weight: torch.Tensor, double_quant: bool) ->
         values, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
         layer.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
         return
+    assert isinstance(layer, bnb.nn.Linear4bit)
     values, state = bnb.functional.quantize_4bit(
         weight, blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
     )
@@ -148,4 +149,4 @@ def quantize_into(layer: nn.Module, weight: torch.Tensor, double_quant: bool) ->
         module=layer,
         bnb_quantized=True,
     )
-    layer.quant_state = state
+    layer.quant_state = state  # type: ignore[assignment]

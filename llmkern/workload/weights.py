@@ -19,18 +19,18 @@ OUTLIER_SOURCE = "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, section 4"
 # near the share of sequence positions (75 %) that the paper reports for models above 6.7B parameters.
 OUTLIER_GAIN = 24.0
 OUTLIER_THRESHOLD = 6.0
-# Keeps what a linear layer puts out at half the scale of its input, so that nothing passes LLM.int8()'s threshold but what
-# is planted. With Transformers' usual 0.02 a 7B model's gate and up projections have a deviation of 1.2, and dozens of
-# their 18,944 products exceed 6.0 at every token.
+# Keeps what a linear layer puts out at half the scale of its input, so that next to nothing passes LLM.int8()'s
+# threshold but what is planted. With Transformers' usual 0.02 a 7B model's gate and up projections have a deviation of
+# 1.2, and dozens of their 18,944 products exceed 6.0 at every token.
 LINEAR_GAIN = 0.5
 _OUTLIER_NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
 class OutlierPlan:
-    """Which hidden *dimensions* were made outlier features, by raising the weight of the norms before attention and MLP.
+    """Which hidden *dimensions* were made outlier features: the norms before attention and MLP weigh them *gain* fold.
 
-    The inputs of q, k, v, gate and up then exceed *threshold* there in most positions; those of o and down do not.
+    The inputs of q, k, v, gate and up then exceed *threshold* there in most positions; those of o and down hardly ever.
     """
 
     dimensions: tuple[int, ...]
@@ -53,7 +53,8 @@ def random_model(
     """Return a model of *config* with seeded random weights, quantized layer by layer, and its planted outliers.
 
     Embeddings are normal with the architecture's initializer_range, norms one, biases zero, as Transformers initializes
-    them; linear layers are normal with LINEAR_GAIN / sqrt(inputs). A parameter's values depend on *seed* and its name only, so that every precision quantizes the same draw.
+    them; linear layers are normal with LINEAR_GAIN / sqrt(inputs). A parameter's values depend on *seed* and its name
+    only, so that every precision quantizes the same draw.
     """
     dtype = DTYPES[precision]
     with torch.device("meta"):

@@ -244,7 +244,7 @@ def test_too_old_a_library_is_a_sentence(fake_cupti: str, monkeypatch: pytest.Mo
 
 
 def test_a_missing_library_is_a_sentence() -> None:
-    with pytest.raises(DeviceError, match="cannot be loaded.*pip install nvidia-cuda-cupti"):
+    with pytest.raises(DeviceError, match=r"cannot be loaded.*pip install nvidia-cuda-cupti"):
         CuptiRecorder("/nowhere/libcupti.so.13")
 
 

@@ -153,29 +153,29 @@ def test_no_permission_is_a_sentence(fake_nvml: str, monkeypatch: pytest.MonkeyP
 
 def test_no_permission_at_all_is_a_sentence(fake_nvml: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_INIT_DENIED", "1")
-    with pytest.raises(DeviceError, match="NVML cannot start .*NO_PERMISSION.*administrator"):
+    with pytest.raises(DeviceError, match=r"NVML cannot start .*NO_PERMISSION.*administrator"):
         NvmlMeter(0, "GPU-fake-0", fake_nvml)
 
 
 def test_no_counter_is_a_sentence(fake_nvml: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_NO_COUNTER", "1")
-    with pytest.raises(DeviceError, match="NOT_SUPPORTED.*Volta"):
+    with pytest.raises(DeviceError, match=r"NOT_SUPPORTED.*Volta"):
         NvmlMeter(0, "GPU-fake-0", fake_nvml)
 
 
 def test_mig_is_refused_in_a_sentence(fake_nvml: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_MIG", "1")
-    with pytest.raises(DeviceError, match="MIG mode.*whole board.*choose a GPU without MIG"):
+    with pytest.raises(DeviceError, match=r"MIG mode.*whole board.*choose a GPU without MIG"):
         NvmlMeter(0, "GPU-fake-0", fake_nvml)
 
 
 def test_a_gpu_that_nvml_does_not_know(fake_nvml: str) -> None:
-    with pytest.raises(DeviceError, match="find the GPU GPU-elsewhere .*NOT_FOUND"):
+    with pytest.raises(DeviceError, match=r"find the GPU GPU-elsewhere .*NOT_FOUND"):
         NvmlMeter(0, "GPU-elsewhere", fake_nvml)
 
 
 def test_no_library_is_a_sentence() -> None:
-    with pytest.raises(DeviceError, match="cannot be loaded.*install the NVIDIA driver"):
+    with pytest.raises(DeviceError, match=r"cannot be loaded.*install the NVIDIA driver"):
         NvmlMeter(0, "GPU-fake-0", "libnowhere-ml.so.1")
 
 

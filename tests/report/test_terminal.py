@@ -68,7 +68,7 @@ def test_a_run_killed_while_weighing_has_a_report(tmp_path: Path) -> None:
 
 
 def test_dropped_records_are_doubted(tmp_path: Path) -> None:
-    run, _ = synthetic_run(tmp_path / "run")
+    synthetic_run(tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     facts["recorder"]["dropped_records"] = 17
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
