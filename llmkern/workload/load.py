@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
-from llmkern.errors import LlmkernError, UsageError
+from llmkern.errors import UsageError
 from llmkern.workload.models import ModelSpec, build_config
 from llmkern.workload.precision import DTYPES
 from llmkern.workload.weights import OutlierPlan, random_model
@@ -177,20 +178,25 @@ def _pretrained(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, device_map={"": device}, quantization_config=quantization
         )
-    except LlmkernError:
+    except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
             f"the weights of {source} cannot be loaded ({first}): check the folder or id, or use --weights random."
         ) from error
     model.eval()
+    return model, _tokenizer(source)
+
+
+def _tokenizer(source: str) -> Any:
+    """Return the tokenizer of *source*, None if it has none: prompts are then token ids."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
-        # A folder without a tokenizer still runs: prompts are then token ids.
-        tokenizer = None
-    return model, tokenizer
+        return None
+    # From a folder without a vocabulary Transformers makes a tokenizer that knows its special tokens only.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def _random_note(seed: int, plan: OutlierPlan | None, reason: str) -> str:
