@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from llmkern.run import RunFolder
 from tests.synthetic import synthetic_run
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +74,6 @@ def test_run_json_holds_no_environment(tiny_run: tuple[Path, str]) -> None:
 
 
 def test_layers_and_tokens_are_annotated(tiny_run: tuple[Path, str]) -> None:
-    from llmkern.run import RunFolder
-
     ranges = RunFolder(tiny_run[0]).table("ranges")
     traced = ranges[ranges["pass"] == "time"]
     assert (traced["category"] == "layer").sum() == 2 * 6 * 4
@@ -87,6 +88,61 @@ def test_an_unknown_model_offers_the_nearest() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu() -> None:
     assert_sentence(llmkern("trace", "--model", "qwen-tiny", "--device", "cuda"), "--device cuda", "--device cpu")
+
+
+def test_kill_9_leaves_a_readable_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ("--model", "qwen-tiny", "--device", "cpu", "--out", str(out), "--prompt-tokens", "16", "--warmup", "1")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "llmkern.trace", *command, "--new-tokens", "8", "--repeats", "2", "--quiet"),
+            *("--trace-repeats", "100000"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    try:
+        deadline_s = time.monotonic() + 120
+        while len(list(out.glob("segments/kernels-*.parquet"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        time.sleep(0.8)
+        killed_ns = time.time_ns()
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    run = RunFolder(out)
+    for table in ("kernels", "ranges"):
+        assert (killed_ns - run.table(table)["end_ns"].max()) / 1e9 < 2
+    done = llmkern("report", str(out))
+    assert done.returncode == 0
+    assert "This run is incomplete" in done.stdout
+    assert "decode, per token" in done.stdout
+
+
+def test_an_interrupt_is_no_traceback(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "llmkern.trace", "--model", "qwen-tiny", "--device", "cpu", "--out", str(out)),
+            *("--prompt-tokens", "16", "--repeats", "1", "--trace-repeats", "100000", "--quiet"),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline_s = time.monotonic() + 120
+    while not list(out.glob("segments/kernels-*.parquet")) and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "what was recorded until then" in errors
+    assert "interrupted by the user" in llmkern("report", str(out)).stdout
 
 
 def test_a_broken_prompt_line_is_named_by_its_number(tmp_path: Path) -> None:

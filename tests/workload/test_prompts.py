@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from llmkern.errors import UsageError
 from llmkern.workload.prompts import STUDY_LENGTHS, builtin_prompts, encode_prompts, parse_prompts
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
+)
 
 
 @pytest.fixture
@@ -60,7 +62,20 @@ def test_fewer_prompts_than_the_batch_are_taken_in_turn_and_said_so(tokenizer: A
 def test_chat_messages_go_through_the_template(tokenizer: Any) -> None:
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
     made = encode_prompts([chat], tokenizer, 100, 1, None)
-    assert tokenizer.decode(made.input_ids[0]).split() == "< system > be brief < user > hello < go >".split()
+    assert tokenizer.decode(made.input_ids[0]).split() == [
+        "<",
+        "system",
+        ">",
+        "be",
+        "brief",
+        "<",
+        "user",
+        ">",
+        "hello",
+        "<",
+        "go",
+        ">",
+    ]
 
 
 def test_chat_messages_without_a_template_are_a_sentence(tokenizer: Any) -> None:

@@ -1,0 +1,116 @@
+"""RAPL through a powercap folder of our own, and a whole CPU run that is weighed with it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llmkern.attribute.equal_power import attribute
+from llmkern.progress import Stages
+from llmkern.record import cpu, session
+from llmkern.record.options import TraceOptions
+from llmkern.record.rapl import RaplMeter, package_zones
+from llmkern.run import RunFolder
+
+WRAP_UJ = 262_143_328_850
+
+
+def zone(root: Path, folder: str, name: str, value_uj: int = 0) -> Path:
+    path = root / folder
+    path.mkdir(parents=True)
+    (path / "name").write_text(name + "\n")
+    (path / "energy_uj").write_text(f"{value_uj}\n")
+    (path / "max_energy_range_uj").write_text(f"{WRAP_UJ}\n")
+    return path
+
+
+def test_packages_count_once_and_their_parts_not_at_all(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0")
+    zone(tmp_path, "intel-rapl:0:0", "core")
+    zone(tmp_path, "intel-rapl:1", "package-1")
+    zone(tmp_path, "intel-rapl:2", "psys")
+    zones, problem = package_zones(tmp_path)
+    assert [z.package for z in zones] == [0, 1]
+    assert problem is None
+
+
+def test_none_and_no_permission_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no RAPL package zone" in str(package_zones(tmp_path)[1])
+    counter = zone(tmp_path, "intel-rapl:0", "package-0") / "energy_uj"
+    read = Path.read_text
+
+    def denied(path: Path, *arguments: object, **options: object) -> str:
+        if path == counter:
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    zones, problem = package_zones(tmp_path)
+    assert zones == []
+    assert f"sudo chmod a+r {counter}" in str(problem)
+
+
+def test_a_counter_that_wraps_goes_on(tmp_path: Path) -> None:
+    path = zone(tmp_path, "intel-rapl:0", "package-0", WRAP_UJ - 1_000_000)
+    meter = RaplMeter(package_zones(tmp_path)[0])
+    meter.read()
+    (path / "energy_uj").write_text("2000000\n")
+    meter.read()
+    first, second = meter.drain()["energy"]["energy_mj"]
+    assert second - first == 3000
+    assert meter.busy_s() > 0
+
+
+def test_a_wait_ends_with_the_next_reading_or_the_timeout(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0")
+    meter = RaplMeter(package_zones(tmp_path)[0], period_s=0.02)
+    assert meter.wait_for_tick(0.01) is None
+    meter.start()
+    tick = meter.wait_for_tick(1.0)
+    meter.stop()
+    assert tick is not None
+    assert abs(time.time_ns() - tick) < 1e9
+
+
+@pytest.fixture
+def fifty_watts(tmp_path: Path) -> Iterator[Path]:
+    """A package that draws 50 W, whatever it does."""
+    root = tmp_path / "powercap"
+    counter = zone(root, "intel-rapl:0", "package-0") / "energy_uj"
+    stop = threading.Event()
+    begin_s = time.monotonic()
+
+    def run() -> None:
+        while not stop.wait(0.005):
+            temporary = counter.with_suffix(".new")
+            temporary.write_text(f"{int((time.monotonic() - begin_s) * 50e6)}\n")
+            temporary.replace(counter)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield root
+    stop.set()
+    thread.join()
+
+
+def test_a_run_on_the_cpu_is_weighed_with_rapl(
+    tmp_path: Path, fifty_watts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "package_zones", lambda: package_zones(fifty_watts))
+    options = TraceOptions(
+        "qwen-tiny", device="cpu", prompt_tokens=16, new_tokens=12, warmup=1, repeats=2, out=tmp_path / "run"
+    )
+    found = attribute(RunFolder(session.trace(options, Stages(quiet=True))))
+    assert found.weighed is not None
+    assert found.weighed.floor is not None
+    assert found.weighed.floor.at(None).value == pytest.approx(50, rel=0.05)
+    for account in found.accounts.values():
+        assert account.mean_w == pytest.approx(50, rel=0.1)
+        assert account.gap_j is not None
+        assert account.gap_j.value == pytest.approx(50 * account.gap_s.value, rel=0.1)
+    assert found.weighed.counter_j is not None
+    assert abs(found.weighed.residual_j or 0.0) < 0.02 * found.weighed.counter_j

@@ -1,0 +1,68 @@
+"""What is uncertain is said, and only that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from llmkern.attribute.equal_power import attribute
+from llmkern.report.doubts import doubts
+from llmkern.run import RunFolder, write_table
+from tests.synthetic import synthetic_run
+
+
+def said(run: RunFolder) -> str:
+    return "\n".join(doubts(run, attribute(run)))
+
+
+def with_facts(run: RunFolder, **facts: Any) -> RunFolder:
+    (run.path / "run.json").write_text(json.dumps({**run.facts, **facts}))
+    return RunFolder(run.path)
+
+
+def test_a_clean_run_has_the_methods_own_doubts_only(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run", new_tokens=32)
+    lines = said(run).splitlines()
+    assert [line.split()[0] for line in lines] == ["Weights", "Kernels"]
+
+
+def test_a_failed_run_gives_its_reason(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    text = said(with_facts(run, status="failed", reason="the disk is full."))
+    assert text.startswith("This run is incomplete; its recording stopped: the disk is full.")
+
+
+@pytest.mark.parametrize(("field", "word"), [("dropped_records", "dropped 5"), ("lost_timestamps", "lost 5")])
+def test_lost_records_are_said(tmp_path: Path, field: str, word: str) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    assert word in said(with_facts(run, recorder={**run.facts["recorder"], field: 5}))
+
+
+def test_one_round_is_too_few(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run", rounds=1)
+    assert "1 round(s) of windows give no useful interval" in said(run)
+
+
+def test_a_clock_held_down_is_named_with_its_share(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    power = run.table("power")
+    readings = power["sensor"] == "instant"
+    power.loc[readings, "throttle"] = 0x4
+    columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
+    write_table(run.path, "power", columns)
+    assert "held down by the software power cap in 100% of the readings" in said(run)
+
+
+def test_a_floor_measured_at_another_temperature_is_said(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    power, ranges = run.table("power"), run.table("ranges")
+    windows = ranges[ranges["category"] == "window"]
+    hot = power["timestamp_ns"].between(windows["start_ns"].min(), windows["end_ns"].max())
+    power.loc[hot & (power["sensor"] == "instant"), "temperature_c"] = 70
+    columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
+    write_table(run.path, "power", columns)
+    assert "The run was at 70 °C, the idle floor was measured at 50-" in said(run)
