@@ -50,11 +50,20 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else environment.host()["cpu"]
 
 
+def slug() -> str:
+    """Return this GPU's name as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+
+
+def _command(bench: str) -> str:
+    # Where the files went says nothing of what was measured.
+    return re.sub(r" --(results|runs) \S+", "", shlex.join(["python", "-m", f"bench.{bench}", *sys.argv[1:]]))
+
+
 def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, **more: Any) -> Path:
     """Write the result file of *bench* and return its path; *folder* defaults to bench/results."""
     target = folder or RESULTS
     target.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
     document = {
         "schema": 1,
         "bench": bench,
@@ -66,11 +75,11 @@ def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, *
             **environment.versions(),
             "host_cpu": environment.host()["cpu"],
         },
-        "command": shlex.join(["python", "-m", f"bench.{bench}", *sys.argv[1:]]),
+        "command": _command(bench),
         **more,
         "cases": cases,
     }
-    path = target / f"{bench}-{slug}.json"
+    path = target / f"{bench}-{slug()}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.energy import Floor
-from llmkern.attribute.estimate import Estimate, combine
+from llmkern.attribute.estimate import Estimate, combine, from_samples
 from llmkern.attribute.timeline import Timeline, build_timeline
 from llmkern.attribute.weighed import PhaseWeight, Weighed, weigh_phases
 from llmkern.run import RunFolder
@@ -111,7 +111,7 @@ def _account(
         # No kernel draws less than the idle board or more than the limit; what does not fit stays a residual.
         most_w = np.inf if limit_mw is None else limit_mw / 1e3 * POWER_LIMIT_SLACK
         value = float(np.clip(rest_j, floor_w.value * busy_s, most_w * busy_s))
-        kernel_j = combine(value, energy.half_width, gap_j.half_width)
+        kernel_j = combine(value, _spread_of_rest(weight, busy_s, floor_w), _product(gap_s.value, floor_w.half_width))
         residual_j = rest_j - value
     return PhaseAccount(
         weight.phase,
@@ -126,6 +126,19 @@ def _account(
         floor_w,
         float(traced["wall_ns"].sum()) / 1e9 / steps,
     )
+
+
+def _spread_of_rest(weight: PhaseWeight, busy_s: float, floor_w: Estimate) -> float | None:
+    """Return the half-width of the energy above the floor of the gaps, round by round.
+
+    A round that the host slowed down has longer gaps and more energy; what is left for the kernels is not touched by it.
+    """
+    rest_j = [
+        energy_j - floor_w.value * max(0.0, latency_s - busy_s)
+        for energy_j, latency_s in zip(weight.energy_samples_j, weight.latency_samples_s, strict=True)
+        if energy_j == energy_j
+    ]
+    return from_samples(rest_j).half_width
 
 
 def _product(a: float, b: float | None) -> float | None:

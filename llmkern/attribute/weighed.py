@@ -17,7 +17,7 @@ from llmkern.run import RunFolder
 class PhaseWeight:
     """One phase as weighed: per call for prefill, per token step for decode.
 
-    The samples are one per round; energies are None without an energy counter. ``*_by_ranges`` is the same measured
+    The samples are one per round, NaN where a round has no energy; energies are None without an energy counter. ``*_by_ranges`` is the same measured
     between the phase's own range marks instead of by difference.
     """
 
@@ -202,7 +202,7 @@ def _phase(
         from_samples(latency_s.to_list()),
         latency_s.to_list(),
         from_samples(known.to_list()) if len(known) else None,
-        known.to_list(),
+        energy_j.to_list(),
         from_samples(by_round.to_list()) if len(by_round) else from_samples(latency_s.to_list()),
         from_samples([j / steps for j in joule]) if joule else None,
     )

@@ -60,7 +60,7 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
         "Kernels are given equal power here: energy by duration, so that a light kernel counts too much and a heavy "
         "one too little."
     ]
-    rounds = len(next(iter(weighed.phases.values())).energy_samples_j)
+    rounds = sum(energy_j == energy_j for energy_j in next(iter(weighed.phases.values())).energy_samples_j)
     if rounds < 3:
         found.append(f"{rounds} round(s) of windows give no useful interval: use --repeats 10.")
     if weighed.samples_j is not None and weighed.counter_j:

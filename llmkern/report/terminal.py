@@ -11,7 +11,7 @@ from rich.text import Text
 
 from llmkern.attribute.equal_power import Attribution, PhaseAccount, attribute
 from llmkern.report.doubts import doubts
-from llmkern.report.text import count, quantity, short_name, with_interval
+from llmkern.report.text import count, gap_name, quantity, short_name, with_interval
 from llmkern.run import RunFolder, write_table
 
 # The low end of what CPU-energy studies use for DDR DIMMs: 3 W per 8 GB (CodeCarbon's methodology page).
@@ -150,8 +150,8 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
     records = rows.head(top)[["name", "launches", "duration_ns", "energy_j"]].to_dict("records")
     rest = rows.iloc[top:]
     for record in records:
-        parts = str(record["name"]).split(" → ")
-        record["name"] = " → ".join(short_name(part) for part in parts)
+        before, arrow, after = str(record["name"]).partition(" → ")
+        record["name"] = gap_name(before, after) if arrow else short_name(before)
     if len(rest):
         sums = rest[["launches", "duration_ns", "energy_j"]].sum(min_count=1).to_dict()
         records.append({"name": f"{len(rest)} others", **sums})

@@ -57,22 +57,67 @@ def _digits(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def short_name(name: str) -> str:
-    """Return a demangled kernel name without return type, arguments and template arguments.
+# Wrappers that every elementwise kernel of PyTorch has, and that say nothing of what it does.
+_WRAPPERS = {"AUnaryFunctor", "BUnaryFunctor", "BinaryFunctor", "ReduceOp", "OpaqueType", "OpType"}
+_TYPES = {
+    "float": "fp32",
+    "double": "fp64",
+    "c10::BFloat16": "bf16",
+    "__nv_bfloat16": "bf16",
+    "c10::Half": "fp16",
+    "__half": "fp16",
+    "signed char": "int8",
+    "unsigned char": "uint8",
+    "int": "int32",
+    "long": "int64",
+    "bool": "bool",
+}
+_FUNCTOR = re.compile(r"\b(\w*(?:Functor|functor|Ops?|_op)\w*)\b(?:<([\w: ]+)[,>])?")
+_FUNCTION = re.compile(r"\b(\w+)(?:<[^<>()]*>)?\(at::Tensor")
+_LAMBDA = re.compile(r"\{lambda\(([\w: ]+)[,)]")
 
-    The first template argument that is itself a function object is kept: without it every elementwise kernel of
-    PyTorch would have the same name.
+
+def short_name(name: str) -> str:
+    """Return a demangled kernel name without return type, namespaces of libraries, arguments and template arguments.
+
+    Of the template arguments the one that says what is computed is kept, with its element type: without it every
+    elementwise kernel of PyTorch and every CUTLASS kernel would have the same name.
     """
     if "(" not in name.replace("(anonymous namespace)", "") or name.startswith("memcpy "):
         return name
-    plain = re.sub(r"\(anonymous namespace\)::", "", name.removeprefix("void "))
-    head, functors = _without_templates(plain)
-    head = "::".join(head.split("(")[0].strip().split("::")[-2:])
-    inner = next((f for f in functors if f not in head), None)
-    return f"{head}<{inner}>" if inner else head
+    plain = name.replace("(anonymous namespace)::", "").removeprefix("void ")
+    outside = _without_templates(plain).split("(")[0].strip()
+    head = "::".join(outside.split("::")[-2:]).removeprefix("native::")
+    inside = plain[plain.find("<") + 1 :] if "<" in plain else ""
+    if head == "cutlass::Kernel2":
+        return inside.partition(">")[0]
+    detail = _detail(inside)
+    return f"{head}<{detail}>" if detail and detail not in head else head
 
 
-def _without_templates(name: str) -> tuple[str, list[str]]:
+def gap_name(before: str, after: str) -> str:
+    """Return the kernels around a gap; of an elementwise kernel only what it computes."""
+
+    def tight(name: str) -> str:
+        return re.sub(r"^\w*elementwise_kernel<(.+)>$", r"\1", short_name(name))
+
+    return f"{tight(before)} → {tight(after)}"
+
+
+def _detail(templates: str) -> str:
+    """Return the function object or function among *templates* that does the work, and on which type."""
+    functors = [m for m in _FUNCTOR.finditer(templates) if m[1] not in _WRAPPERS]
+    function = _FUNCTION.search(templates)
+    if functors and (function is None or functors[0].start() < function.start()):
+        element = _TYPES.get(functors[0][2] or "", "")
+        return f"{functors[0][1]} {element}".strip()
+    if function is None:
+        return ""
+    element = _LAMBDA.search(templates)
+    return f"{function[1]} {_TYPES.get(element[1], '') if element else ''}".strip()
+
+
+def _without_templates(name: str) -> str:
     depth = 0
     outside = []
     for character in name:
@@ -82,5 +127,4 @@ def _without_templates(name: str) -> tuple[str, list[str]]:
             depth = max(0, depth - 1)
         elif depth == 0:
             outside.append(character)
-    functors = re.findall(r"(\w*(?:Functor|functor|Ops?|_op)\w*)\b", name[name.find("<") :] if "<" in name else "")
-    return "".join(outside), functors
+    return "".join(outside)

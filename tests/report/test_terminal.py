@@ -112,7 +112,25 @@ def test_counts() -> None:
         (
             "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, "
             "std::array<char*, 3ul> >(int, at::native::CUDAFunctor_add<float>, std::array<char*, 3ul>)",
-            "native::vectorized_elementwise_kernel<CUDAFunctor_add>",
+            "vectorized_elementwise_kernel<CUDAFunctor_add fp32>",
+        ),
+        (
+            "void at::native::vectorized_elementwise_kernel<8, at::native::BinaryFunctor<c10::BFloat16, c10::BFloat16, "
+            "c10::BFloat16, at::native::binary_internal::MulFunctor<float> >, std::array<char*, 3ul> >(int)",
+            "vectorized_elementwise_kernel<MulFunctor fp32>",
+        ),
+        (
+            "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<"
+            "at::native::neg_kernel_cuda(at::TensorIteratorBase&)::{lambda()#2}::operator()() const::{lambda(c10::BFloat16)#1}>(int)>(int)",
+            "elementwise_kernel<neg_kernel_cuda bf16>",
+        ),
+        (
+            "void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_nn_align1>(cutlass_80_simt::Params)",
+            "cutlass_80_simt_sgemm_128x32_8x5_nn_align1",
+        ),
+        (
+            "std::enable_if<!(false), void>::type internal::gemvx::kernel<int, int, float, float>(int)",
+            "gemvx::kernel",
         ),
         ("nvjet_tst_128x64_64x8_1x2_h_bz_TNT", "nvjet_tst_128x64_64x8_1x2_h_bz_TNT"),
         ("aten.mm.default", "aten.mm.default"),

@@ -1,0 +1,146 @@
+"""The README's tables, written from bench/results.
+
+python -m bench.tables --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.result import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+Cases = dict[str, dict[str, Any]]
+
+
+def load(bench: str) -> dict[str, Any] | None:
+    """Return the newest result file of *bench*, None without one."""
+    files = sorted(RESULTS.glob(f"{bench}-*.json"), key=lambda f: json.loads(f.read_text())["date"])
+    document: dict[str, Any] | None = json.loads(files[-1].read_text()) if files else None
+    return document
+
+
+def measured_on(document: dict[str, Any]) -> str:
+    where = document["environment"]
+    libraries = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers", "bitsandbytes") if where.get(k))
+    driver = f", driver {where['driver']}" if where.get("driver") else f" ({where['host_cpu']})"
+    return f"*{where['gpu']}{driver}; {libraries}; {document['date']}: `{document['command']}`*"
+
+
+def interval(entry: dict[str, Any], factor: float, places: int) -> str:
+    value = f"{entry['value'] * factor:.{places}f}"
+    if entry.get("low") is None:
+        return value
+    return f"{value} [{entry['low'] * factor:.{places}f}, {entry['high'] * factor:.{places}f}]"
+
+
+def matrix(document: dict[str, Any]) -> list[str]:
+    cases: Cases = {c["name"]: c["metrics"] for c in document["cases"]}
+    rows = [
+        "| precision | prefill, ms | prefill, J | decode, ms/token | decode, J/token | launches/token | GPU busy | "
+        "J in gaps | command to report |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ("fp32", "bf16", "fp16", "int8", "int8 without outliers", "int4"):
+        m = cases.get(name)
+        if not m:
+            continue
+        gaps = m["decode_gap_energy"]["value"] / m["decode_energy"]["value"]
+        rows.append(
+            f"| {name} | {interval(m['prefill_latency'], 1e3, 0)} | {interval(m['prefill_energy'], 1, 1)} "
+            f"| {interval(m['decode_latency'], 1e3, 1)} | {interval(m['decode_energy'], 1, 2)} "
+            f"| {m['decode_launches']['value']:,.0f} | {m['decode_busy_share']['value']:.0%} | {gaps:.0%} "
+            f"| {m['command_to_report_s']['value']:.0f} s |"
+        )
+    told = []
+    for name in ("int8 / fp32", "int8 without outliers / fp32", "int4 / fp32", "bf16 / fp32"):
+        if name in cases:
+            told.append(f"{name} = {interval(cases[name]['decode_energy_ratio'], 1, 2)}")
+    return [*rows, "", f"Energy per decoded token: {'; '.join(told)}."]
+
+
+def completeness(document: dict[str, Any]) -> list[str]:
+    rows = ["| one decode step | kernels, llmkern | kernels, torch.profiler | dropped |", "|---|---|---|---|"]
+    for found in document["cases"]:
+        m = found["metrics"]
+        ours, theirs, lost = (m[k]["value"] for k in ("llmkern", "torch_profiler", "dropped_records"))
+        rows.append(f"| {found['name']} | {ours:,} | {theirs:,} | {lost} |")
+    return rows
+
+
+def overhead(document: dict[str, Any]) -> list[str]:
+    rows = ["| what is switched on | decode latency | bar |", "|---|---|---|"]
+    for found in document["cases"]:
+        m = found["metrics"]
+        entry = m.get("effect") or m["own_threads"]
+        text = f"{entry['value']:+.1%}"
+        if entry.get("low") is not None:
+            text += f" [{entry['low']:+.1%}, {entry['high']:+.1%}]"
+        if "own_threads" in m:
+            text = f"at most {text}"
+        if "with_own_threads" in m:
+            text += f", with its own threads {m['with_own_threads']['value']:+.1%}"
+        verdict = {None: "", True: "met", False: f"missed: {found['note']}"}[found["passed"]]
+        rows.append(f"| {found['name']} | {text} | {verdict} |")
+    return rows
+
+
+def recorder_load(document: dict[str, Any]) -> list[str]:
+    (found,) = document["cases"]
+    m = {k: v["value"] for k, v in found["metrics"].items()}
+    wanted = found["parameters"]
+    return [
+        f"{m['kernels']:,.0f} kernel records ({wanted['seconds']} s of {wanted['kernels_per_second']:,} kernels/s) took "
+        f"{m['recording']:.0f} s to decode and write ({m['kernels_per_second_sustained']:,.0f} kernels/s sustained), "
+        f"{m['peak_memory_above_start'] / 2**20:.0f} MiB of memory above the start, "
+        f"{m['peak_memory_of_process'] / 2**20:.0f} MiB for the whole process, and "
+        f"{m['run_folder'] / 2**20:.0f} MiB on disk; {m['dropped_records']:.0f} were dropped."
+    ]
+
+
+def report() -> list[str]:
+    """Return the short report of qwen-7b int8 as bench.matrix left it."""
+    (file,) = RESULTS.glob("report-qwen-7b-int8-nvidia-h100*.txt")
+    return ["```text", *file.read_text().rstrip().splitlines(), "```"]
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "matrix": matrix,
+    "completeness": completeness,
+    "overhead": overhead,
+    "recorder_load": recorder_load,
+}
+
+
+def filled(text: str) -> str:
+    """Return *text* with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` written anew."""
+
+    def table(match: re.Match[str]) -> str:
+        if match[1] == "report":
+            return "\n".join(["<!-- report -->", *report(), "<!-- end -->"])
+        document = load(match[1])
+        if document is None:
+            raise SystemExit(f"there is no result of bench.{match[1]} under {RESULTS}: run it first.")
+        lines = [*TABLES[match[1]](document), "", measured_on(document)]
+        return "\n".join([f"<!-- {match[1]} -->", *lines, "<!-- end -->"])
+
+    return re.sub(rf"<!-- ({'|'.join(['report', *TABLES])}) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write them into README.md instead of printing it")
+    text = filled(README.read_text())
+    if parser.parse_args().write:
+        README.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The README says what was measured, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from bench.tables import README, filled
+from llmkern.cli import cli
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_tables_are_those_of_the_results() -> None:
+    text = README.read_text()
+    assert filled(text) == text, "run 'python -m bench.tables --write'"
+
+
+def test_its_make_targets_and_commands_exist() -> None:
+    text = README.read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"^make (\w+)", text, flags=re.MULTILINE)) == {"run", "test"}
+    assert {"run", "test", "help"} <= targets
+    assert set(re.findall(r"^llmkern (\w+)", text, flags=re.MULTILINE)) <= set(cli.commands)
+    options = {o for p in cli.commands["trace"].params for o in p.opts}
+    assert set(re.findall(r"`(--[a-z-]+)", text)) - {"--top"} <= options
+
+
+def test_no_path_of_a_machine_is_in_a_result() -> None:
+    for file in (ROOT / "bench" / "results").iterdir():
+        for word in ("/root", "/work", "/home", "/tmp"):
+            assert word not in file.read_text(), f"{file.name} names {word}"
