@@ -131,7 +131,7 @@ def _account(
 def _spread_of_rest(weight: PhaseWeight, busy_s: float, floor_w: Estimate) -> float | None:
     """Return the half-width of the energy above the floor of the gaps, round by round.
 
-    A round that the host slowed down has longer gaps and more energy; what is left for the kernels is not touched by it.
+    A round that the host slowed down has longer gaps and more energy; what is left for the kernels stays the same.
     """
     rest_j = [
         energy_j - floor_w.value * max(0.0, latency_s - busy_s)

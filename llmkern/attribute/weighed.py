@@ -17,8 +17,8 @@ from llmkern.run import RunFolder
 class PhaseWeight:
     """One phase as weighed: per call for prefill, per token step for decode.
 
-    The samples are one per round, NaN where a round has no energy; energies are None without an energy counter. ``*_by_ranges`` is the same measured
-    between the phase's own range marks instead of by difference.
+    The samples are one per round, NaN where a round has no energy; energies are None without an energy counter.
+    ``*_by_ranges`` is the same measured between the phase's own range marks instead of by difference.
     """
 
     phase: str

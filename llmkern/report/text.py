@@ -113,8 +113,8 @@ def _detail(templates: str) -> str:
         return f"{functors[0][1]} {element}".strip()
     if function is None:
         return ""
-    element = _LAMBDA.search(templates)
-    return f"{function[1]} {_TYPES.get(element[1], '') if element else ''}".strip()
+    argument = _LAMBDA.search(templates)
+    return f"{function[1]} {_TYPES.get(argument[1], '') if argument else ''}".strip()
 
 
 def _without_templates(name: str) -> str:

@@ -121,7 +121,8 @@ def test_counts() -> None:
         ),
         (
             "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl_nocast<"
-            "at::native::neg_kernel_cuda(at::TensorIteratorBase&)::{lambda()#2}::operator()() const::{lambda(c10::BFloat16)#1}>(int)>(int)",
+            "at::native::neg_kernel_cuda(at::TensorIteratorBase&)::{lambda()#2}::operator()() const::"
+            "{lambda(c10::BFloat16)#1}>(int)>(int)",
             "elementwise_kernel<neg_kernel_cuda bf16>",
         ),
         (
