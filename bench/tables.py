@@ -96,7 +96,7 @@ def recorder_load(document: dict[str, Any]) -> list[str]:
     wanted = found["parameters"]
     return [
         f"{m['kernels']:,.0f} kernel records ({wanted['seconds']} s of {wanted['kernels_per_second']:,} kernels/s) "
-        f"took {m['recording']:.0f} s to decode and write ({m['kernels_per_second_sustained']:,.0f} kernels/s sustained), "
+        f"took {m['recording']:.0f} s to decode and write ({m['kernels_per_second_sustained']:,.0f} kernels/s), "
         f"{m['peak_memory_above_start'] / 2**20:.0f} MiB of memory above the start, "
         f"{m['peak_memory_of_process'] / 2**20:.0f} MiB for the whole process, and "
         f"{m['run_folder'] / 2**20:.0f} MiB on disk; {m['dropped_records']:.0f} were dropped."
