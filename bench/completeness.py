@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
 from bench.result import case, metric, write
-from llmkern.record.device import Device, choose_device
+from llmkern.record.choose import choose_device
+from llmkern.record.device import Device
 from llmkern.workload.load import load_model
 from llmkern.workload.models import find_model
 

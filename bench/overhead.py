@@ -30,8 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 from bench.result import case, metric, write
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.record.annotate import Annotator
+from llmkern.record.choose import choose_device
 from llmkern.record.cuda import CuptiRecorder
-from llmkern.record.device import Device, KernelRecorder, choose_device
+from llmkern.record.device import Device, KernelRecorder
 from llmkern.record.generation import Generation
 from llmkern.record.pump import Pump, Source
 from llmkern.record.timing import flushed, ranges

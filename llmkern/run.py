@@ -177,7 +177,9 @@ class RunWriter:
         try:
             (path / "segments").mkdir(parents=True)
         except OSError as error:
-            raise _disk_error(path, error) from error
+            raise UsageError(
+                f"{path} cannot be created ({error.strerror}): choose another folder with --out."
+            ) from error
         self.write_facts()
 
     def write_facts(self, **more: Any) -> None:

@@ -96,6 +96,12 @@ def test_force_never_deletes_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.txt").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot be created \(Not a directory\).*--out"):
+        RunWriter(tmp_path / "file" / "run", {})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

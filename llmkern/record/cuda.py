@@ -88,7 +88,7 @@ class CudaDevice:
 def native() -> Any:
     """Return the compiled extension; raises DeviceError when it was not built."""
     try:
-        from llmkern import _recorder
+        import llmkern._recorder as _recorder
     except ImportError as error:
         raise DeviceError(
             f"the recorder extension llmkern._recorder is not built ({error}): run 'pip install -e .' in the checkout."

@@ -18,7 +18,8 @@ from llmkern.errors import LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
 from llmkern.record import environment
 from llmkern.record.annotate import Annotator
-from llmkern.record.device import Device, choose_device
+from llmkern.record.choose import choose_device
+from llmkern.record.device import Device
 from llmkern.record.generation import Generation, decoder_layers
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
