@@ -62,6 +62,35 @@ class Switched:
         return from_samples((np.median(self.on_ms, axis=1) / np.median(self.off_ms, axis=1) - 1).tolist())
 
 
+def per_launch(device: Device, condition: Condition, quads: int, launches: int = 400) -> tuple[Estimate, float]:
+    """Return by how many µs *condition* lengthens one eager launch of a tiny kernel, and how long that takes without.
+
+    Blocks of *launches* are switched like tokens; at 5 ms a block the host's moods hardly matter.
+    """
+    tiny = torch.ones(64, device=device.torch_device)
+
+    def block() -> float:
+        for _ in range(launches // 8):
+            tiny.add_(1.0)
+        device.synchronize()
+        begin_s = time.perf_counter()
+        for _ in range(launches):
+            tiny.add_(1.0)
+        device.synchronize()
+        return (time.perf_counter() - begin_s) / launches * 1e6
+
+    block()
+    off_us, added_us = [], []
+    for _ in range(quads):
+        off, on = [block()], []
+        with condition():
+            on += [block(), block()]
+        off.append(block())
+        off_us += off
+        added_us.append(float(np.mean(on) - np.mean(off)))
+    return from_samples(added_us), float(np.median(off_us))
+
+
 class Bench:
     """One loaded model and the parts of llmkern that can be switched on in its decode loop."""
 
@@ -171,7 +200,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--quads", type=int, default=28, help="samples per part; four blocks of tokens each")
+    parser.add_argument("--quads", type=int, default=60, help="samples per part; four blocks of tokens each")
     parser.add_argument("--block", type=int, default=3, help="tokens between two switches")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long own threads are watched, per pass")
     parser.add_argument("--results", type=Path)
@@ -220,12 +249,18 @@ def main() -> None:
         measure("kernel records", lambda: bench.recorded(kernels_only))
     recorder = bench.device.recorder()
     measure("kernel records and host calls", lambda: bench.recorded(recorder))
+    if cuda:
+        for name, one in (("kernel records", kernels_only), ("kernel records and host calls", recorder)):
+            added_us, bare_us = per_launch(bench.device, lambda one=one: bench.recorded(one), 100)  # type: ignore[misc]
+            metrics = {"added_per_launch": metric(added_us, "µs"), "bare_launch": metric(bare_us, "µs")}
+            text = f"{added_us.value:+.2f} [{added_us.low:+.2f}, {added_us.high:+.2f}] µs on {bare_us:.1f} µs"
+            say(f"{name}, one tiny launch", text, metrics, None, 0.0)
     time_share = bench.own_share(tracing=True, seconds=arguments.seconds)
     metrics = {"own_threads": metric(time_share, "1")}
     say("time: own threads", f"{time_share:+7.2%}", metrics, None, time_share)
     measure("time", bench.timed, TIME_LIMIT, more=time_share)
     # Last: torch.profiler keeps CUPTI once it has it.
-    few = max(2, arguments.quads // 3)
+    few = max(2, arguments.quads // 6)
     measure("torch.profiler, GPU", lambda: profile(activities=gpu), quads=few)
     measure("torch.profiler, CPU and GPU", lambda: profile(activities=both), quads=few)
     print(write("overhead", cases, arguments.results))

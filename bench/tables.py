@@ -77,6 +77,10 @@ def overhead(document: dict[str, Any]) -> list[str]:
     rows = ["| what is switched on | decode latency | bar |", "|---|---|---|"]
     for found in document["cases"]:
         m = found["metrics"]
+        if "added_per_launch" in m:
+            added, bare = m["added_per_launch"], m["bare_launch"]["value"]
+            rows.append(f"| {found['name']} | +{interval(added, 1, 2)} µs on {bare:.1f} µs | |")
+            continue
         entry = m.get("effect") or m["own_threads"]
         text = f"{entry['value']:+.1%}"
         if entry.get("low") is not None:

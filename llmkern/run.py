@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -219,10 +219,11 @@ class RunWriter:
         """Write the whole table *name* at once, without segments (for results such as the attribution)."""
         write_table(self.path, name, columns)
 
-    def finish(self, status: str = "complete", **more: Any) -> None:
-        """Merge the segments into one file per table and record *status* in ``run.json``."""
+    def finish(self, advance: Callable[[], None] = lambda: None, status: str = "complete", **more: Any) -> None:
+        """Merge the segments into one file per table, *advance* after each, and record *status* in ``run.json``."""
         segments = self.path / "segments"
         for name, schema in TABLES.items():
+            advance()
             parts = sorted(segments.glob(f"{name}-*.parquet"))
             if not parts:
                 continue

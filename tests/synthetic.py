@@ -225,7 +225,7 @@ class Builder:
                     "throttle": 0,
                 },
             )
-        writer.finish(status)
+        writer.finish(status=status)
         return RunFolder(path)
 
 

@@ -25,7 +25,7 @@ from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
 from llmkern.record.timing import ranges, record_timeline
 from llmkern.record.weigh import SHORTEST_WINDOW_S, OwnCost, idle, plan_windows, warm_up, weigh
-from llmkern.run import RunWriter
+from llmkern.run import TABLES, RunWriter
 from llmkern.workload.load import LoadedModel, load_model
 from llmkern.workload.models import ModelSpec, build_config, find_model
 from llmkern.workload.precision import check_memory, check_precision, have_bitsandbytes, required_bytes
@@ -68,7 +68,8 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
     )
     try:
         _record(options, spec, prompts, device, writer, stages)
-        writer.finish(elapsed_s=round(time.monotonic() - started_s, 3))
+        with stages.stage("Merging the segments", len(TABLES)) as advance:
+            writer.finish(advance, elapsed_s=round(time.monotonic() - started_s, 3))
     except LlmkernError as error:
         _record_failure(writer, str(error))
         raise
