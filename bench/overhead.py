@@ -62,10 +62,11 @@ class Switched:
         return from_samples((np.median(self.on_ms, axis=1) / np.median(self.off_ms, axis=1) - 1).tolist())
 
 
-def per_launch(device: Device, condition: Condition, quads: int, launches: int = 400) -> tuple[Estimate, float]:
+def per_launch(device: Device, condition: Condition, quads: int, launches: int) -> tuple[Estimate, float]:
     """Return by how many µs *condition* lengthens one eager launch of a tiny kernel, and how long that takes without.
 
-    Blocks of *launches* are switched like tokens; at 5 ms a block the host's moods hardly matter.
+    Blocks of *launches* are switched like tokens. In short ones the host's moods hardly matter; in long ones CUPTI's own
+    thread is at work beside the launches, as in a real run.
     """
     tiny = torch.ones(64, device=device.torch_device)
 
@@ -194,6 +195,26 @@ class Bench:
         return (facts["pump_s"] + facts["sensors_s"]) / facts["wall_s"]
 
 
+def _launches(bench: Bench, say: Callable[[str, str, dict[str, Any], float | None, float], None]) -> None:
+    """Measure what one launch costs under each way to record it."""
+    recorders = {
+        "kernel records": CuptiRecorder(host_calls=False),
+        "kernel records, pinned": CuptiRecorder(host_calls=False, pinned=True),
+        "kernel records and host calls": CuptiRecorder(),
+        "kernel records and host calls, pinned": CuptiRecorder(pinned=True),
+    }
+    for launches, quads in ((400, 60), (20_000, 6)):
+        for name, recorder in recorders.items():
+
+            def condition(recorder: CuptiRecorder = recorder) -> AbstractContextManager[Any]:
+                return bench.recorded(recorder)
+
+            added_us, bare_us = per_launch(bench.device, condition, quads, launches)
+            metrics = {"added_per_launch": metric(added_us, "µs"), "bare_launch": metric(bare_us, "µs")}
+            text = f"{added_us.value:+.2f} [{added_us.low:+.2f}, {added_us.high:+.2f}] µs on {bare_us:.1f} µs"
+            say(f"{name}; {launches:,} tiny launches", text, metrics, None, 0.0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen-7b")
@@ -250,11 +271,7 @@ def main() -> None:
     recorder = bench.device.recorder()
     measure("kernel records and host calls", lambda: bench.recorded(recorder))
     if cuda:
-        for name, one in (("kernel records", kernels_only), ("kernel records and host calls", recorder)):
-            added_us, bare_us = per_launch(bench.device, lambda one=one: bench.recorded(one), 100)  # type: ignore[misc]
-            metrics = {"added_per_launch": metric(added_us, "µs"), "bare_launch": metric(bare_us, "µs")}
-            text = f"{added_us.value:+.2f} [{added_us.low:+.2f}, {added_us.high:+.2f}] µs on {bare_us:.1f} µs"
-            say(f"{name}, one tiny launch", text, metrics, None, 0.0)
+        _launches(bench, say)
     time_share = bench.own_share(tracing=True, seconds=arguments.seconds)
     metrics = {"own_threads": metric(time_share, "1")}
     say("time: own threads", f"{time_share:+7.2%}", metrics, None, time_share)

@@ -96,7 +96,7 @@ PYBIND11_MODULE(_recorder, m) {
       .def_property_readonly("library_path", [](const ActivityRecorder& r) { return r.api().library.path(); })
       .def_property_readonly("version", [](const ActivityRecorder& r) { return r.api().version; })
       .def("start", &ActivityRecorder::start, py::arg("buffer_bytes") = 1 << 20, py::arg("host_calls") = true,
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("pinned") = false, py::call_guard<py::gil_scoped_release>())
       .def("stop", &ActivityRecorder::stop, py::call_guard<py::gil_scoped_release>())
       .def("flush", &ActivityRecorder::flush, py::arg("forced") = false, py::call_guard<py::gil_scoped_release>())
       .def("settle", &ActivityRecorder::settle, py::call_guard<py::gil_scoped_release>())

@@ -65,10 +65,12 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _is_view(operator: Any) -> bool:
-    """Whether *operator* only makes a new view of its input, so that nothing is computed."""
+def _computes(operator: Any) -> bool:
+    """Whether *operator* computes a tensor: neither a mere view of its input nor a question about one."""
     returns = operator._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if returns and not any("Tensor" in str(r.type) for r in returns):
+        return False
+    return not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
 
 
 class OperatorRecorder(TorchDispatchMode):
@@ -91,7 +93,7 @@ class OperatorRecorder(TorchDispatchMode):
         end_ns = time.time_ns()
         name = self._names.get(func, "")
         if name == "":
-            name = self._names[func] = None if _is_view(func) else str(func)
+            name = self._names[func] = str(func) if _computes(func) else None
         if name is not None:
             self._records.append((start_ns, end_ns, name))
         return result

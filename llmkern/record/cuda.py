@@ -177,11 +177,12 @@ def check_nvml(info: dict[str, Any], support: dict[str, str | None]) -> None:
 class CuptiRecorder:
     """Kernel, copy and launch records of this process through CUPTI.
 
-    *library* is the file to take instead of searching; without *host_calls* only the device is recorded.
+    *library* is the file to take instead of searching; without *host_calls* only the device is recorded; *pinned* has
+    the GPU leave its time stamps in the host's memory instead of its own.
     """
 
-    def __init__(self, library: str = "", *, host_calls: bool = True) -> None:
-        self._host_calls = host_calls
+    def __init__(self, library: str = "", *, host_calls: bool = True, pinned: bool = False) -> None:
+        self._settings = {"host_calls": host_calls, "pinned": pinned}
         module = native()
         self._errors = module.RecorderError
         self._kinds: list[str] = list(module.KIND_NAMES)
@@ -193,7 +194,7 @@ class CuptiRecorder:
 
     def start(self) -> None:
         try:
-            self._recorder.start(host_calls=self._host_calls)
+            self._recorder.start(**self._settings)
         except self._errors as error:
             owner = next((who for key, who in _INJECTORS.items() if os.environ.get(key)), None)
             hint = f" ({owner} started this process)" if owner else ""

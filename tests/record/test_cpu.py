@@ -17,6 +17,7 @@ def test_what_computes_is_recorded_and_views_are_not() -> None:
     begin_ns = time.time_ns()
     y = (x @ x).view(64)[3:9].reshape(2, 3)
     y.add_(1.0)
+    assert torch._has_compatible_shallow_copy_type(x, y)
     end_ns = time.time_ns()
     recorder.stop()
     torch.exp(x)
