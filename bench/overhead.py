@@ -65,8 +65,8 @@ class Switched:
 def per_launch(device: Device, condition: Condition, quads: int, launches: int) -> tuple[Estimate, float]:
     """Return by how many µs *condition* lengthens one eager launch of a tiny kernel, and how long that takes without.
 
-    Blocks of *launches* are switched like tokens. In short ones the host's moods hardly matter; in long ones CUPTI's own
-    thread is at work beside the launches, as in a real run.
+    Blocks of *launches* are switched like tokens. In short ones the host's moods hardly matter; in long ones CUPTI's
+    own thread is at work beside the launches, as in a real run.
     """
     tiny = torch.ones(64, device=device.torch_device)
 
