@@ -88,6 +88,22 @@ TABLES: dict[str, pa.Schema] = {
             ("new_tokens", pa.int32()),
         ]
     ),
+    "ops": pa.schema(
+        [
+            ("start_ns", pa.int64()),
+            ("end_ns", pa.int64()),
+            ("thread", pa.int64()),
+            ("phase", _LABEL),
+            ("token", pa.int32()),
+            ("op", _LABEL),
+            ("module", _LABEL),
+            ("layer", pa.int32()),
+            ("shapes", _LABEL),
+            ("dtypes", _LABEL),
+            ("moved_bytes", pa.int64()),
+            ("flops", pa.int64()),
+        ]
+    ),
     "power": pa.schema(
         [
             ("timestamp_ns", pa.int64()),

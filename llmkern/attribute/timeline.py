@@ -24,12 +24,15 @@ class Timeline:
     outside: int
 
 
-def build_timeline(kernels: pd.DataFrame, launches: pd.DataFrame, ranges: pd.DataFrame, device: int) -> Timeline:
-    """Assign every kernel to the phase and token step during which the host launched it.
+def build_timeline(
+    kernels: pd.DataFrame, launches: pd.DataFrame, ranges: pd.DataFrame, device: int, pass_name: str = "time"
+) -> Timeline:
+    """Assign every kernel of pass *pass_name* to the phase and token step during which the host launched it.
 
     A kernel whose launch was not recorded counts by its own start. Gaps are the time within a phase in which no
     kernel, copy or memset ran on any stream of *device*, between its first and its last.
     """
+    kernels, launches, ranges = (t[t["pass"] == pass_name] for t in (kernels, launches, ranges))
     kernels = kernels[kernels["device"] == device].sort_values("start_ns", kind="stable").reset_index(drop=True)
     phases = _of_category(ranges, "phase")
     tokens = _of_category(ranges, "token")
@@ -64,7 +67,7 @@ def build_timeline(kernels: pd.DataFrame, launches: pd.DataFrame, ranges: pd.Dat
 
 
 def _of_category(ranges: pd.DataFrame, category: str) -> pd.DataFrame:
-    rows = ranges[(ranges["category"] == category) & (ranges["pass"] == "time")]
+    rows = ranges[ranges["category"] == category]
     return rows.sort_values("start_ns", kind="stable").reset_index(drop=True)
 
 

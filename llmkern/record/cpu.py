@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
+from llmkern.record.operators import computes
 from llmkern.record.rapl import RaplMeter, package_zones
 
 
@@ -65,14 +66,6 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _computes(operator: Any) -> bool:
-    """Whether *operator* computes a tensor: neither a mere view of its input nor a question about one."""
-    returns = operator._schema.returns
-    if returns and not any("Tensor" in str(r.type) for r in returns):
-        return False
-    return not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
-
-
 class OperatorRecorder(TorchDispatchMode):
     """Records every operator that computes something, below autograd, with its start and end on one clock.
 
@@ -93,7 +86,7 @@ class OperatorRecorder(TorchDispatchMode):
         end_ns = time.time_ns()
         name = self._names.get(func, "")
         if name == "":
-            name = self._names[func] = str(func) if _computes(func) else None
+            name = self._names[func] = str(func) if computes(func) else None
         if name is not None:
             self._records.append((start_ns, end_ns, name))
         return result

@@ -44,6 +44,7 @@ class Generation:
         self._annotator = annotator
         self._synchronize = synchronize
         self._step = 0
+        self._token: int | None = None
         # An end-of-sequence token would end a run early; the study's lengths are exact.
         model.generation_config.eos_token_id = None
         if model.generation_config.pad_token_id is None:
@@ -53,7 +54,7 @@ class Generation:
         """Generate *new_tokens* tokens per sequence and return the seconds until the device was done."""
         note = self._annotator
         note.new_tokens = new_tokens
-        self._step = 0
+        self._step, self._token = 0, None
         self._synchronize()
         config = GenerationConfig(
             max_new_tokens=new_tokens,
@@ -88,7 +89,12 @@ class Generation:
         if self._step == 1:
             note.pop()
             note.push("decode", "phase", phase="decode")
+        self._token = self._step
         note.push(f"token {self._step}", "token", "decode" if self._step else "prefill", self._step)
+
+    def where(self) -> tuple[str, int | None]:
+        """Return the phase and token step now; what runs between two forwards belongs to the token before."""
+        return "decode" if self._token else "prefill", self._token
 
     def _after_forward(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self._annotator.pop()

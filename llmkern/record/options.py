@@ -26,6 +26,7 @@ class TraceOptions:
     outliers: int = 6
     double_quant: bool = False
     int8_threshold: float = 6.0
+    inspect: bool = False
     estimate_ram: bool = False
     out: Path | None = None
     force: bool = False

@@ -21,6 +21,7 @@ from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation, decoder_layers
+from llmkern.record.inspection import inspect
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
 from llmkern.record.timing import ranges, record_timeline
@@ -154,6 +155,9 @@ def _record(
                 repeats=options.trace_repeats,
                 advance=advance,
             )
+        if options.inspect:
+            with stages.stage("Inspecting"):
+                writer.write_facts(inspected=inspect(device, generation, loaded.model, annotator, writer))
         writer.write_facts(
             plan=asdict(plan),
             own_cost=cost.facts(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmkern.attribute.equal_power import Attribution
+from llmkern.attribute.identify import Identified
 from llmkern.run import RunFolder
 
 # Above this the recorder changes the run too much for its gaps to be taken at face value.
@@ -21,7 +22,7 @@ _THROTTLE = {
 }
 
 
-def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
+def doubts(run: RunFolder, attribution: Attribution, identified: Identified | None = None) -> list[str]:
     """Return one sentence per thing that limits what the report may claim."""
     facts = run.facts
     return [
@@ -30,6 +31,7 @@ def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
         *_energy(run, attribution),
         *_recorder(facts, attribution),
         *_agreement(attribution),
+        *_operators(identified),
         *_throttling(run),
     ]
 
@@ -116,6 +118,17 @@ def _agreement(attribution: Attribution) -> list[str]:
                 f"Decode {what} by ranges is {apart:+.1%} from decode by difference (limit {AGREEMENT_LIMIT:.0%})."
             )
     return found
+
+
+def _operators(identified: Identified | None) -> list[str]:
+    if identified is None or not identified.mismatches:
+        return []
+    first = identified.mismatches[0]
+    where = first.phase if first.token is None else f"{first.phase} token {first.token}"
+    return [
+        f"{len(identified.mismatches)} traced steps differ from those inspected, the first at kernel {first.position} of "
+        f"{where}; the operators of {1 - identified.share:.1%} of the kernels are not identified."
+    ]
 
 
 def _throttling(run: RunFolder) -> list[str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from llmkern.attribute.by_operator import by_operator
 from llmkern.attribute.equal_power import Attribution, PhaseAccount, attribute
+from llmkern.attribute.identify import identify
 from llmkern.report.doubts import doubts
 from llmkern.report.text import count, gap_name, quantity, short_name, with_interval
 from llmkern.run import RunFolder, write_table
@@ -23,7 +26,10 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
     attribution = attribute(run)
     if run.complete:
         write_table(run.path, "attribution", {c: attribution.frame[c] for c in attribution.frame.columns})
-    uncertain = doubts(run, attribution)
+    identified = None
+    if run.has("ops"):
+        identified = identify(run, attribution.timeline, int(run.facts["device"]["index"]))
+    uncertain = doubts(run, attribution, identified)
     console.print()
     for heading in _heading(run.facts):
         console.print(heading, highlight=False)
@@ -37,6 +43,9 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
             console.print(_top(attribution, account, "kernels", top))
             console.print()
             console.print(_top(attribution, account, "gaps", top))
+            if identified is not None:
+                console.print()
+                console.print(_operators(account, by_operator(run, attribution, account, identified), top))
     elif attribution.weighed is not None:
         console.print("The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:")
         console.print(_weighed_table(attribution))
@@ -164,6 +173,28 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
             quantity(duration_ns / 1e9, "s"),
             quantity(energy_j, "J"),
             f"{(energy_j if by_energy else duration_ns) / whole:.1%}",
+        )
+    return table
+
+
+def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
+    title = f"Top operators of {account.phase}, per {account.unit}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
+    table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("module", ratio=1, no_wrap=True, overflow="ellipsis")
+    for column in ("kernels", "time", "energy", "share"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=8 if column != "share" else 6)
+    energy = account.weight.energy_j
+    whole = energy.value if energy is not None else account.weight.latency_s.value * 1e9
+    for row in rows.head(top).to_dict("records"):
+        part = row["energy_j"] if energy is not None else row["duration_ns"]
+        table.add_row(
+            str(row["op"]).removesuffix(".default"),
+            str(row["module"]),
+            count(float(row["kernels"])),
+            quantity(float(row["duration_ns"]) / 1e9, "s"),
+            quantity(float(row["energy_j"]), "J"),
+            f"{part / whole:.1%}",
         )
     return table
 

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.identify import Identified, Mismatch
 from llmkern.report.doubts import doubts
 from llmkern.run import RunFolder, write_table
 from tests.synthetic import synthetic_run
@@ -66,3 +68,13 @@ def test_a_floor_measured_at_another_temperature_is_said(tmp_path: Path) -> None
     columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
     write_table(run.path, "power", columns)
     assert "The run was at 70 °C, the idle floor was measured at 50-" in said(run)
+
+
+def test_steps_that_differ_from_those_inspected_are_told(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    attribution = attribute(run)
+    op = np.zeros(len(attribution.timeline.kernels), int)
+    op[:5] = -1
+    found = Identified(op, [Mismatch("decode", 3, 17, 100, 5)])
+    (line,) = (x for x in doubts(run, attribution, found) if "inspected" in x)
+    assert "the first at kernel 17 of decode token 3" in line

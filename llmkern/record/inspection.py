@@ -1,0 +1,164 @@
+"""Pass *inspect*: which operator, module and layer stand behind each kernel, with shapes, bytes and FLOPs.
+
+Every operator is caught below autograd, where PyTorch dispatches it to the device. That slows the host down several
+times, so the times of this pass are used for one thing only: a kernel belongs to the operator during which the host
+launched it.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmkern.record.annotate import Annotator, columns
+from llmkern.record.device import Device
+from llmkern.record.generation import Generation
+from llmkern.record.operators import computes, flops, moved_bytes
+from llmkern.record.pump import Pump
+from llmkern.run import RunWriter
+
+# Prefill and two decoded tokens: the first token after a prefill is not always like the others.
+NEW_TOKENS = 3
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+_DTYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """One operator as it was dispatched; times in ns, *moved_bytes* and *flops* by its shapes."""
+
+    start_ns: int
+    end_ns: int
+    thread: int
+    phase: str | None
+    token: int | None
+    op: str
+    module: str
+    layer: int | None
+    shapes: str
+    dtypes: str
+    moved_bytes: int
+    flops: int
+
+
+class Inspector(TorchDispatchMode):
+    """Notes every operator that computes something on the thread that entered it.
+
+    *phase_and_token* tells where the generation is. FLOPs are those of PyTorch's own counter and, for bitsandbytes'
+    products, 2 x outputs x inputs; bytes are each tensor read once and each result written once.
+    """
+
+    def __init__(self, model: nn.Module, phase_and_token: Callable[[], tuple[str | None, int | None]]) -> None:
+        super().__init__()
+        self._names = {id(m): name for name, m in model.named_modules()}
+        self._where = phase_and_token
+        self._stack: list[str] = []
+        self._thread = threading.get_native_id()
+        self.calls: list[OpCall] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Catch operators, and the modules they are called in, for the time."""
+
+        def enter(module: nn.Module, _args: Any) -> None:
+            self._stack.append(self._names.get(id(module), ""))
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._stack.pop()
+
+        hooks = [
+            module_hooks.register_module_forward_pre_hook(enter),
+            module_hooks.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._stack.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        start_ns = time.time_ns()
+        result = func(*args, **kwargs)
+        end_ns = time.time_ns()
+        if computes(func):
+            phase, token = self._where()
+            module = next((name for name in reversed(self._stack) if name), "")
+            layer = _LAYER.search(module)
+            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.calls.append(
+                OpCall(
+                    start_ns,
+                    end_ns,
+                    self._thread,
+                    phase,
+                    token,
+                    str(func),
+                    module,
+                    int(layer[1]) if layer else None,
+                    " ".join("x".join(map(str, t.shape)) or "1" for t in inputs),
+                    " ".join(_DTYPES.get(t.dtype, str(t.dtype).removeprefix("torch.")) for t in inputs),
+                    moved_bytes(str(func), inputs, outputs),
+                    flops(func, args, kwargs, result, inputs, outputs),
+                )
+            )
+        return result
+
+
+def inspect(
+    device: Device, generation: Generation, model: nn.Module, annotator: Annotator, writer: RunWriter
+) -> dict[str, Any]:
+    """Record one short generation with every operator, and return how many there were.
+
+    Writes tables ``ops``, and ``kernels``, ``launches`` and ``ranges`` of pass ``inspect``.
+    """
+    inspector = Inspector(model, generation.where)
+    recorder = device.recorder()
+    recorder.start()
+    try:
+        # What is compiled or loaded on first use would belong to the first operator that needs it.
+        generation(NEW_TOKENS)
+        recorder.discard()
+        annotator.drain()
+        with Pump(writer, [lambda: _rows(recorder.drain()), lambda: {"ranges": columns(annotator.drain(), "inspect")}]):
+            with inspector.watching():
+                generation(NEW_TOKENS)
+            device.synchronize()
+            recorder.stop()
+    finally:
+        recorder.stop()
+    writer.append("ops", op_columns(inspector.calls))
+    return {"ops": len(inspector.calls), "new_tokens": NEW_TOKENS, **recorder.facts()}
+
+
+def _rows(drained: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    return {table: {"pass": "inspect", **rows} for table, rows in drained.items()}
+
+
+def op_columns(calls: list[OpCall]) -> dict[str, Any]:
+    """Return *calls* as columns of table ``ops``."""
+    return {field: [getattr(call, field) for call in calls] for field in OpCall.__dataclass_fields__}

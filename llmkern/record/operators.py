@@ -1,0 +1,65 @@
+"""What an operator of PyTorch does, by its schema and its tensors: whether it computes, how many bytes and FLOPs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+# Operators that read of their table only what they give back.
+_GATHERS = ("aten.embedding.", "aten.index.", "aten.index_select.", "aten.gather.")
+
+
+def computes(operator: Any) -> bool:
+    """Whether *operator* computes a tensor: neither a mere view of its input nor a question about one."""
+    returns = operator._schema.returns
+    if returns and not any("Tensor" in str(r.type) for r in returns):
+        return False
+    return not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
+
+
+def touched_bytes(tensor: torch.Tensor) -> int:
+    """Return the bytes of the elements of *tensor*; those that an expanded view repeats count once."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= size if stride != 0 else 1
+    return count * tensor.element_size()
+
+
+def moved_bytes(op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
+    """Return the fewest bytes that *op* moves: inputs read once, outputs written once."""
+    written = sum(map(touched_bytes, outputs))
+    if op.startswith(_GATHERS):
+        return 2 * written + sum(touched_bytes(t) for t in inputs[1:])
+    return written + sum(map(touched_bytes, inputs))
+
+
+def flops(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: Any,
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+) -> int:
+    """Return the floating-point (or integer multiply-add) operations of a product or attention, 0 for everything else.
+
+    By PyTorch's own formulas, and for what it has none for: 2 x results x inner dimension for products, 4 x batch x
+    heads x queries x keys x head size for attention (masked halves counted, as PyTorch counts them).
+    """
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is not None:
+        return int(formula(*args, **kwargs, out_val=result))
+    name = str(func)
+    if not outputs or not inputs:
+        return 0
+    if name.startswith("aten.scaled_dot_product_attention"):
+        query, key = inputs[0].shape, inputs[1].shape
+        return 4 * inputs[0].numel() * key[-2] if len(query) >= 2 else 0
+    quantized = name.startswith("bitsandbytes.") and any(w in name for w in ("linear", "gemv", "scaled_mm"))
+    if quantized or name.startswith(("aten.linear.", "aten.matmul.")):
+        # The inner dimension is that of the activations, which come first.
+        return 2 * outputs[0].numel() * inputs[0].shape[-1]
+    return 0
