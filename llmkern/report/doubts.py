@@ -126,8 +126,8 @@ def _operators(identified: Identified | None) -> list[str]:
     first = identified.mismatches[0]
     where = first.phase if first.token is None else f"{first.phase} token {first.token}"
     return [
-        f"{len(identified.mismatches)} traced steps differ from those inspected, the first at kernel {first.position} of "
-        f"{where}; the operators of {1 - identified.share:.1%} of the kernels are not identified."
+        f"{len(identified.mismatches)} traced steps differ from those inspected, the first at kernel {first.position} "
+        f"of {where}; the operators of {1 - identified.share:.1%} of the kernels are not identified."
     ]
 
 
