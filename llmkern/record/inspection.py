@@ -24,24 +24,13 @@ from torch.utils._pytree import tree_leaves
 from llmkern.record.annotate import Annotator, columns
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation
-from llmkern.record.operators import computes, flops, moved_bytes
+from llmkern.record.operators import computes, describe, flops, moved_bytes
 from llmkern.record.pump import Pump
 from llmkern.run import RunWriter
 
 # Prefill and two decoded tokens: the first token after a prefill is not always like the others.
 NEW_TOKENS = 3
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
-_DTYPES = {
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.bool: "bool",
-}
 
 
 @dataclass(frozen=True)
@@ -109,6 +98,7 @@ class Inspector(TorchDispatchMode):
             module = next((name for name in reversed(self._stack) if name), "")
             layer = _LAYER.search(module)
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            shapes, dtypes = describe(inputs)
             outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
             self.calls.append(
                 OpCall(
@@ -120,8 +110,8 @@ class Inspector(TorchDispatchMode):
                     str(func),
                     module,
                     int(layer[1]) if layer else None,
-                    " ".join("x".join(map(str, t.shape)) or "1" for t in inputs),
-                    " ".join(_DTYPES.get(t.dtype, str(t.dtype).removeprefix("torch.")) for t in inputs),
+                    shapes,
+                    dtypes,
                     moved_bytes(str(func), inputs, outputs),
                     flops(func, args, kwargs, result, inputs, outputs),
                 )

@@ -6,10 +6,40 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 # Operators that read of their table only what they give back.
 _GATHERS = ("aten.embedding.", "aten.index.", "aten.index_select.", "aten.gather.")
+
+
+DTYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.bool: "bool",
+}
+
+
+def describe(tensors: list[torch.Tensor]) -> tuple[str, str]:
+    """Return the shapes and the dtypes of *tensors* as table ``ops`` has them."""
+    shapes = " ".join("x".join(map(str, t.shape)) or "1" for t in tensors)
+    return shapes, " ".join(DTYPES.get(t.dtype, str(t.dtype).removeprefix("torch.")) for t in tensors)
+
+
+def signature_of(func: Any, args: Any, kwargs: Any) -> str:
+    """Return what makes two calls the same work: operator, shapes and dtypes."""
+    shapes, dtypes = describe([t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)])
+    return signature(str(func), shapes, dtypes)
+
+
+def signature(op: str, shapes: str, dtypes: str) -> str:
+    return f"{op}[{shapes}; {dtypes}]"
 
 
 def computes(operator: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,23 +91,23 @@ def load_model(
     )
 
 
-def stored_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes of all parameters and buffers of *model*, quantization scales included, shared ones once."""
-    found: dict[int, int] = {}
-
-    def add(tensor: Any) -> None:
-        if isinstance(tensor, torch.Tensor):
-            found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-
+def stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield all parameters and buffers of *model*, quantization scales included; shared ones come again."""
     for tensor in [*model.parameters(), *model.buffers()]:
-        add(tensor)
         state = getattr(tensor, "quant_state", None)
-        for part in (state, getattr(state, "state2", None)):
-            add(getattr(part, "absmax", None))
-        add(getattr(tensor, "SCB", None))
+        parts = [tensor, getattr(tensor, "SCB", None), getattr(tensor, "CB", None)]
+        parts += [getattr(part, "absmax", None) for part in (state, getattr(state, "state2", None))]
+        yield from (part for part in parts if isinstance(part, torch.Tensor))
     for module in model.modules():
-        add(getattr(getattr(module, "state", None), "SCB", None))
-    return sum(found.values())
+        state = getattr(module, "state", None)
+        for part in (getattr(state, "SCB", None), getattr(state, "CB", None)):
+            if isinstance(part, torch.Tensor):
+                yield part
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Return the bytes of all stored tensors of *model*, shared ones once."""
+    return sum({t.data_ptr(): t.numel() * t.element_size() for t in stored_tensors(model)}.values())
 
 
 def _choose(spec: ModelSpec, weights: str) -> tuple[str, str]:
