@@ -100,8 +100,19 @@ TABLES: dict[str, pa.Schema] = {
             ("layer", pa.int32()),
             ("shapes", _LABEL),
             ("dtypes", _LABEL),
+            ("signature", _LABEL),
             ("moved_bytes", pa.int64()),
             ("flops", pa.int64()),
+        ]
+    ),
+    "replays": pa.schema(
+        [
+            ("signature", _LABEL),
+            ("start_ns", pa.int64()),
+            ("end_ns", pa.int64()),
+            ("launches", pa.int64()),
+            ("duty", pa.float64()),
+            ("captured", pa.bool_()),
         ]
     ),
     "power": pa.schema(

@@ -61,6 +61,8 @@ class Attribution:
     weighed: Weighed | None
     timeline: Timeline
     host: Weighed | None
+    sensor: str
+    device: int | None
 
 
 def attribute(run: RunFolder) -> Attribution:
@@ -69,12 +71,11 @@ def attribute(run: RunFolder) -> Attribution:
     index = int(device["index"])
     timeline = build_timeline(run.table("kernels"), run.table("launches"), run.table("ranges"), index)
     host = None
-    if device["kind"] == "cuda":
-        weighed = weigh_phases(run, "nvml_total", index)
-        if (run.table("energy", ["sensor"])["sensor"] == "rapl_package").any():
-            host = weigh_phases(run, "rapl_package", None)
-    else:
-        weighed = weigh_phases(run, "rapl_package", None)
+    # RAPL counts packages, not the device that PyTorch names.
+    sensor, counted = ("nvml_total", index) if device["kind"] == "cuda" else ("rapl_package", None)
+    weighed = weigh_phases(run, sensor, counted)
+    if device["kind"] == "cuda" and (run.table("energy", ["sensor"])["sensor"] == "rapl_package").any():
+        host = weigh_phases(run, "rapl_package", None)
     limit_mw = device.get("power_limit_mw")
     accounts = {}
     if weighed is not None:
@@ -85,7 +86,7 @@ def attribute(run: RunFolder) -> Attribution:
     frame = pd.concat(
         [rows for account in accounts.values() for rows in _rows(account, timeline)] or [_empty()], ignore_index=True
     )
-    return Attribution(accounts, frame.assign(device=index), weighed, timeline, host)
+    return Attribution(accounts, frame.assign(device=index), weighed, timeline, host, sensor, counted)
 
 
 def _account(

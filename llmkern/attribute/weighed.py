@@ -62,7 +62,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     power = run.table("power")
     if device is not None:
         power = power[power["device"] == device]
-    curve = _curve(run.table("energy"), sensor, device)
+    curve = counter_of(run, sensor, device)
     temperature = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
     windows = ranges[ranges["category"] == "window"].sort_values("start_ns")
     generations = ranges[ranges["category"] == "generate"].sort_values("start_ns")
@@ -95,7 +95,9 @@ def _samples(curve: EnergyCurve, power: pd.DataFrame, books: dict[str, float | N
     return curve.tick_ns, watts
 
 
-def _curve(energy: pd.DataFrame, sensor: str, device: int | None) -> EnergyCurve | None:
+def counter_of(run: RunFolder, sensor: str, device: int | None) -> EnergyCurve | None:
+    """Return the counter of *sensor* on *device* (None: summed over devices), None with fewer than two ticks."""
+    energy = run.table("energy")
     rows = energy[energy["sensor"] == sensor]
     if device is not None:
         rows = rows[rows["device"] == device]

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from llmkern.record.annotate import Annotator, columns
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation
-from llmkern.record.operators import computes, describe, flops, moved_bytes
+from llmkern.record.operators import computes, describe, flops, moved_bytes, signature
 from llmkern.record.pump import Pump
 from llmkern.run import RunWriter
 
@@ -47,6 +47,7 @@ class OpCall:
     layer: int | None
     shapes: str
     dtypes: str
+    signature: str
     moved_bytes: int
     flops: int
 
@@ -112,6 +113,7 @@ class Inspector(TorchDispatchMode):
                     int(layer[1]) if layer else None,
                     shapes,
                     dtypes,
+                    signature(str(func), shapes, dtypes),
                     moved_bytes(str(func), inputs, outputs),
                     flops(func, args, kwargs, result, inputs, outputs),
                 )

@@ -27,6 +27,7 @@ class TraceOptions:
     double_quant: bool = False
     int8_threshold: float = 6.0
     inspect: bool = False
+    replay: bool = False
     estimate_ram: bool = False
     out: Path | None = None
     force: bool = False

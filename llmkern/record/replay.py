@@ -97,7 +97,6 @@ def replay(
     annotator: Annotator,
     meters: list[EnergyMeter],
     advance: Callable[[], None],
-    window_s: float = WINDOW_S,
 ) -> Iterator[Replayed]:
     """Run each of *cases* for a window at each of DUTIES, begun at a counter tick and followed by two, and yield it."""
     for case in cases:
@@ -109,7 +108,7 @@ def replay(
                 launches = 0
                 with annotator.range(case.signature[:80], "replay"):
                     start_ns = time.time_ns()
-                    while (time.time_ns() - start_ns) / 1e9 < window_s:
+                    while (time.time_ns() - start_ns) / 1e9 < WINDOW_S:
                         begin_s = time.perf_counter()
                         burst()
                         device.synchronize()

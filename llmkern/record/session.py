@@ -14,19 +14,21 @@ from typing import Any
 
 import torch
 
+from llmkern.attribute.replayed import worth_replaying
 from llmkern.errors import LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
 from llmkern.record import environment
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
-from llmkern.record.device import Device
+from llmkern.record.device import Device, EnergyMeter
 from llmkern.record.generation import Generation, decoder_layers
-from llmkern.record.inspection import inspect
+from llmkern.record.inspection import NEW_TOKENS, inspect
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
+from llmkern.record.replay import DUTIES, Keeper, replay
 from llmkern.record.timing import ranges, record_timeline
 from llmkern.record.weigh import SHORTEST_WINDOW_S, OwnCost, idle, plan_windows, warm_up, weigh
-from llmkern.run import TABLES, RunWriter
+from llmkern.run import TABLES, RunFolder, RunWriter
 from llmkern.workload.load import LoadedModel, load_model
 from llmkern.workload.models import ModelSpec, build_config, find_model
 from llmkern.workload.precision import check_memory, check_precision, have_bitsandbytes, required_bytes
@@ -155,15 +157,42 @@ def _record(
                 repeats=options.trace_repeats,
                 advance=advance,
             )
-        if options.inspect:
+        if options.inspect or options.replay:
             with stages.stage("Inspecting"):
                 writer.write_facts(inspected=inspect(device, generation, loaded.model, annotator, writer))
+        if options.replay and meters:
+            _replay(device, generation, loaded.model, annotator, meters, writer, stages)
         writer.write_facts(
             plan=asdict(plan),
             own_cost=cost.facts(),
             recorder=recorder_facts,
             sensors={meter.name: meter.facts() for meter in meters},
         )
+
+
+def _replay(
+    device: Device,
+    generation: Generation,
+    model: Any,
+    annotator: Annotator,
+    meters: list[EnergyMeter],
+    writer: RunWriter,
+    stages: Stages,
+) -> None:
+    wanted = worth_replaying(RunFolder(writer.path), int(device.facts()["index"]))
+    keeper = Keeper(model, set(wanted))
+    with keeper:
+        generation(NEW_TOKENS)
+    annotator.drain()
+    cases = [keeper.cases[name] for name in wanted if name in keeper.cases]
+    drains: list[Callable[[], Any]] = [meter.drain for meter in meters]
+    with (
+        Pump(writer, [lambda: ranges(annotator, "replay"), *drains]) as pump,
+        stages.stage("Replaying", len(cases) * len(DUTIES)) as advance,
+    ):
+        for window in replay(device, cases, annotator, meters, advance):
+            pump.check()
+            writer.append("replays", {key: [value] for key, value in asdict(window).items()})
 
 
 def _check_positions(config: Any, options: TraceOptions) -> None:

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from llmkern.attribute.by_operator import by_operator
 from llmkern.attribute.equal_power import Attribution, PhaseAccount, attribute
+from llmkern.attribute.estimate import Estimate
 from llmkern.attribute.identify import identify
+from llmkern.attribute.replayed import Replays, account_replays
 from llmkern.report.doubts import doubts
 from llmkern.report.text import count, gap_name, quantity, short_name, with_interval
 from llmkern.run import RunFolder, write_table
@@ -49,6 +51,10 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
     elif attribution.weighed is not None:
         console.print("The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:")
         console.print(_weighed_table(attribution))
+    replays = account_replays(run, attribution, identified) if identified is not None else None
+    if replays is not None:
+        console.print()
+        console.print(_marginals(attribution, replays, top))
     console.print()
     console.print(Text("Books and sensors", style="bold"))
     for line in _books(run, attribution):
@@ -196,6 +202,31 @@ def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
             quantity(float(row["energy_j"]), "J"),
             f"{part / whole:.1%}",
         )
+    return table
+
+
+def _marginals(attribution: Attribution, replays: Replays, top: int) -> Table:
+    title = "By marginal joules (replay), per unit of each phase"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
+    table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
+    for column in ("launches", "time", "energy", "by duration"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for phase, account in replays.phases.items():
+        equal = attribution.accounts[phase]
+        whole = equal.kernel_j.value if equal.kernel_j is not None else 0.0
+        time_ns = max(float(account.by_signature["duration_ns"].sum()), 1.0)
+        table.add_row(f"[bold]{phase}, per {account.unit}[/]", "", "", with_interval(account.kernel_j, "J"), "")
+        for row in account.by_signature.head(top).to_dict("records"):
+            estimate = Estimate(float(row["energy_j"]), float(row["low_j"]), float(row["high_j"]))
+            table.add_row(
+                f"  {row['signature']}",
+                count(float(row["launches"])),
+                quantity(float(row["duration_ns"]) / 1e9, "s"),
+                with_interval(estimate, "J"),
+                quantity(whole * float(row["duration_ns"]) / time_ns, "J"),
+            )
+        table.add_row("  gaps at the floor", "", "", quantity(account.gap_j, "J"), "")
+        table.add_row("  residual", "", "", quantity(account.residual_j, "J"), "")
     return table
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.identify import identify
+from llmkern.attribute.replayed import account_replays
 from llmkern.progress import Stages
-from llmkern.record import cpu, session
+from llmkern.record import cpu, replay, session
 from llmkern.record.options import TraceOptions
 from llmkern.record.rapl import RaplMeter, package_zones
 from llmkern.run import RunFolder
@@ -76,25 +80,43 @@ def test_a_wait_ends_with_the_next_reading_or_the_timeout(tmp_path: Path) -> Non
     assert abs(time.time_ns() - tick) < 1e9
 
 
-@pytest.fixture
-def fifty_watts(tmp_path: Path) -> Iterator[Path]:
-    """A package that draws 50 W, whatever it does."""
-    root = tmp_path / "powercap"
+@contextmanager
+def package(root: Path, joule: Callable[[], float]) -> Iterator[Path]:
+    """A package whose counter shows what *joule* says."""
     counter = zone(root, "intel-rapl:0", "package-0") / "energy_uj"
     stop = threading.Event()
-    begin_s = time.monotonic()
 
     def run() -> None:
         while not stop.wait(0.005):
             temporary = counter.with_suffix(".new")
-            temporary.write_text(f"{int((time.monotonic() - begin_s) * 50e6)}\n")
+            temporary.write_text(f"{int(joule() * 1e6)}\n")
             temporary.replace(counter)
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield root
-    stop.set()
-    thread.join()
+    try:
+        yield root
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def fifty_watts(tmp_path: Path) -> Iterator[Path]:
+    """A package that draws 50 W, whatever it does."""
+    begin_s = time.monotonic()
+    with package(tmp_path / "powercap", lambda: (time.monotonic() - begin_s) * 50) as root:
+        yield root
+
+
+@pytest.fixture
+def busy_package(tmp_path: Path) -> Iterator[Path]:
+    """A package that draws 50 W at rest and 100 W more for each second of CPU time that this process uses."""
+    begin_s, cpu_s = time.monotonic(), time.process_time()
+    with package(
+        tmp_path / "powercap", lambda: (time.monotonic() - begin_s) * 50 + (time.process_time() - cpu_s) * 100
+    ) as root:
+        yield root
 
 
 def test_a_run_on_the_cpu_is_weighed_with_rapl(
@@ -114,3 +136,41 @@ def test_a_run_on_the_cpu_is_weighed_with_rapl(
         assert account.gap_j.value == pytest.approx(50 * account.gap_s.value, rel=0.1)
     assert found.weighed.counter_j is not None
     assert abs(found.weighed.residual_j or 0.0) < 0.02 * found.weighed.counter_j
+
+
+def test_operators_get_their_marginal_joules_by_replay(
+    tmp_path: Path, busy_package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # GIVEN a device that draws 100 J per second of CPU time above its floor, on one thread
+    monkeypatch.setattr(cpu, "package_zones", lambda: package_zones(busy_package))
+    monkeypatch.setattr(replay, "WINDOW_S", 0.6)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        options = TraceOptions(
+            "qwen-tiny",
+            device="cpu",
+            prompt_tokens=64,
+            new_tokens=12,
+            warmup=1,
+            repeats=2,
+            replay=True,
+            out=tmp_path / "run",
+        )
+        run = RunFolder(session.trace(options, Stages(quiet=True)))
+    finally:
+        torch.set_num_threads(threads)
+    attribution = attribute(run)
+    found = account_replays(run, attribution, identify(run, attribution.timeline, 0))
+    assert found is not None
+    # THEN an operator that was replayed costs its own CPU time times 100 W above the floor, to the clock's noise
+    replays = run.table("replays")
+    assert len(replays) >= 2 * 6
+    for name, windows in replays.groupby(replays["signature"].astype(str)):
+        seconds = (windows["end_ns"] - windows["start_ns"]).mul(windows["duty"]).sum() / 1e9 / windows["launches"].sum()
+        if "linear" in name:
+            assert found.marginals.energy_j[name].value == pytest.approx(100 * seconds, rel=0.25), name
+    prefill = found.phases["prefill"]
+    energy = attribution.accounts["prefill"].weight.energy_j
+    assert energy is not None
+    assert prefill.kernel_j.value + prefill.gap_j + prefill.residual_j == pytest.approx(energy.value)
