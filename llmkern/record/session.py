@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,21 +13,16 @@ from typing import Any
 
 import torch
 
-from llmkern.attribute.replayed import worth_replaying
 from llmkern.errors import LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
 from llmkern.record import environment
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
-from llmkern.record.device import Device, EnergyMeter
+from llmkern.record.device import Device
 from llmkern.record.generation import Generation, decoder_layers
-from llmkern.record.inspection import NEW_TOKENS, inspect
 from llmkern.record.options import TraceOptions
-from llmkern.record.pump import Pump
-from llmkern.record.replay import DUTIES, Keeper, replay
-from llmkern.record.timing import ranges, record_timeline
-from llmkern.record.weigh import SHORTEST_WINDOW_S, OwnCost, idle, plan_windows, warm_up, weigh
-from llmkern.run import TABLES, RunFolder, RunWriter
+from llmkern.record.passes import record_passes
+from llmkern.run import TABLES, RunWriter
 from llmkern.workload.load import LoadedModel, load_model
 from llmkern.workload.models import ModelSpec, build_config, find_model
 from llmkern.workload.precision import check_memory, check_precision, have_bitsandbytes, required_bytes
@@ -98,7 +92,6 @@ def _record(
     writer: RunWriter,
     stages: Stages,
 ) -> None:
-    meters = device.meters()
     annotator = Annotator()
     with stages.stage(f"Loading {spec.name} {options.precision}") as advance:
         loaded = load_model(
@@ -121,78 +114,7 @@ def _record(
         annotator,
         device.synchronize,
     )
-    with ExitStack() as stack:
-        for meter in meters:
-            meter.start()
-            stack.callback(meter.stop)
-        drains: list[Callable[[], Any]] = [meter.drain for meter in meters]
-        with stages.stage("Warming up", options.warmup) as advance:
-            prefill_s, generate_s = warm_up(generation, options.warmup, options.new_tokens, advance)
-        annotator.drain()
-        # Without a sensor there is no tick to be long against.
-        shortest_s = SHORTEST_WINDOW_S if meters else 0.0
-        plan = plan_windows(options.repeats, options.new_tokens, prefill_s, generate_s, shortest_s)
-        with Pump(writer, [lambda: ranges(annotator, "weigh"), *drains]) as pump:
-
-            def step(advance: Callable[[], None]) -> Callable[[], None]:
-                def stepped() -> None:
-                    pump.check()
-                    advance()
-
-                return stepped
-
-            idle(annotator, meters)
-            cost = OwnCost(pump, meters)
-            with stages.stage("Weighing", plan.generations) as advance:
-                weigh(generation, annotator, meters, plan, step(advance), cost)
-            idle(annotator, meters)
-        with stages.stage("Timing", options.trace_repeats) as advance:
-            recorder_facts = record_timeline(
-                device,
-                generation,
-                annotator,
-                meters,
-                writer,
-                new_tokens=options.new_tokens,
-                repeats=options.trace_repeats,
-                advance=advance,
-            )
-        if options.inspect or options.replay:
-            with stages.stage("Inspecting"):
-                writer.write_facts(inspected=inspect(device, generation, loaded.model, annotator, writer))
-        if options.replay and meters:
-            _replay(device, generation, loaded.model, annotator, meters, writer, stages)
-        writer.write_facts(
-            plan=asdict(plan),
-            own_cost=cost.facts(),
-            recorder=recorder_facts,
-            sensors={meter.name: meter.facts() for meter in meters},
-        )
-
-
-def _replay(
-    device: Device,
-    generation: Generation,
-    model: Any,
-    annotator: Annotator,
-    meters: list[EnergyMeter],
-    writer: RunWriter,
-    stages: Stages,
-) -> None:
-    wanted = worth_replaying(RunFolder(writer.path), int(device.facts()["index"]))
-    keeper = Keeper(model, set(wanted))
-    with keeper:
-        generation(NEW_TOKENS)
-    annotator.drain()
-    cases = [keeper.cases[name] for name in wanted if name in keeper.cases]
-    drains: list[Callable[[], Any]] = [meter.drain for meter in meters]
-    with (
-        Pump(writer, [lambda: ranges(annotator, "replay"), *drains]) as pump,
-        stages.stage("Replaying", len(cases) * len(DUTIES)) as advance,
-    ):
-        for window in replay(device, cases, annotator, meters, advance):
-            pump.check()
-            writer.append("replays", {key: [value] for key, value in asdict(window).items()})
+    record_passes(device, generation, loaded.model, annotator, writer, stages, options)
 
 
 def _check_positions(config: Any, options: TraceOptions) -> None:

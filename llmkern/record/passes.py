@@ -1,0 +1,113 @@
+"""The passes over one loaded workload, in their order: warm up, rest, weigh, rest, time, inspect, replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from llmkern.attribute.replayed import worth_replaying
+from llmkern.progress import Stages
+from llmkern.record.annotate import Annotator
+from llmkern.record.device import Device, EnergyMeter
+from llmkern.record.generation import Generation
+from llmkern.record.inspection import NEW_TOKENS, inspect
+from llmkern.record.options import TraceOptions
+from llmkern.record.pump import Pump
+from llmkern.record.replay import DUTIES, Keeper, replay
+from llmkern.record.timing import ranges, record_timeline
+from llmkern.record.weigh import SHORTEST_WINDOW_S, OwnCost, WeighPlan, idle, plan_windows, warm_up, weigh
+from llmkern.run import RunFolder, RunWriter
+
+
+def record_passes(
+    device: Device,
+    generation: Generation,
+    model: nn.Module,
+    annotator: Annotator,
+    writer: RunWriter,
+    stages: Stages,
+    options: TraceOptions,
+) -> None:
+    """Record every pass that *options* ask for into *writer*; raises LlmkernError where one cannot go on."""
+    meters = device.meters()
+    with ExitStack() as stack:
+        for meter in meters:
+            meter.start()
+            stack.callback(meter.stop)
+        with stages.stage("Warming up", options.warmup) as advance:
+            prefill_s, generate_s = warm_up(generation, options.warmup, options.new_tokens, advance)
+        annotator.drain()
+        # Without a sensor there is no tick to be long against.
+        shortest_s = SHORTEST_WINDOW_S if meters else 0.0
+        plan = plan_windows(options.repeats, options.new_tokens, prefill_s, generate_s, shortest_s)
+        cost = _weigh(generation, annotator, meters, writer, stages, plan)
+        writer.write_facts(plan=asdict(plan), own_cost=cost)
+        with stages.stage("Timing", options.trace_repeats) as advance:
+            recorder_facts = record_timeline(
+                device,
+                generation,
+                annotator,
+                meters,
+                writer,
+                new_tokens=options.new_tokens,
+                repeats=options.trace_repeats,
+                advance=advance,
+            )
+        writer.write_facts(recorder=recorder_facts, sensors={meter.name: meter.facts() for meter in meters})
+        if options.inspect or options.replay:
+            with stages.stage("Inspecting"):
+                writer.write_facts(inspected=inspect(device, generation, model, annotator, writer))
+        if options.replay and meters:
+            _replay(device, generation, model, annotator, meters, writer, stages)
+
+
+def _weigh(
+    generation: Generation,
+    annotator: Annotator,
+    meters: list[EnergyMeter],
+    writer: RunWriter,
+    stages: Stages,
+    plan: WeighPlan,
+) -> dict[str, float]:
+    drains: list[Callable[[], Any]] = [meter.drain for meter in meters]
+    with Pump(writer, [lambda: ranges(annotator, "weigh"), *drains]) as pump:
+        idle(annotator, meters)
+        cost = OwnCost(pump, meters)
+        with stages.stage("Weighing", plan.generations) as advance:
+
+            def step() -> None:
+                pump.check()
+                advance()
+
+            weigh(generation, annotator, meters, plan, step, cost)
+        idle(annotator, meters)
+    return cost.facts()
+
+
+def _replay(
+    device: Device,
+    generation: Generation,
+    model: nn.Module,
+    annotator: Annotator,
+    meters: list[EnergyMeter],
+    writer: RunWriter,
+    stages: Stages,
+) -> None:
+    wanted = worth_replaying(RunFolder(writer.path), int(device.facts()["index"]))
+    keeper = Keeper(model, set(wanted))
+    with keeper:
+        generation(NEW_TOKENS)
+    annotator.drain()
+    cases = [keeper.cases[name] for name in wanted if name in keeper.cases]
+    drains: list[Callable[[], Any]] = [meter.drain for meter in meters]
+    with (
+        Pump(writer, [lambda: ranges(annotator, "replay"), *drains]) as pump,
+        stages.stage("Replaying", len(cases) * len(DUTIES)) as advance,
+    ):
+        for window in replay(device, cases, annotator, meters, advance):
+            pump.check()
+            writer.append("replays", {key: [value] for key, value in asdict(window).items()})
