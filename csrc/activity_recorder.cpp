@@ -260,6 +260,7 @@ std::map<std::string, int64_t> ActivityRecorder::statistics() const {
   found["buffers_in_flight"] = in_flight_;
   found["launches"] = calls_.traced();
   found["lost_calls"] = calls_.lost();
+  found["nested_calls"] = calls_.nested();
   found["peak_queue_bytes"] = static_cast<int64_t>(peak_queued_bytes_);
   return found;
 }

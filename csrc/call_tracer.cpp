@@ -89,7 +89,10 @@ void CallTracer::begin(const CUpti_CallbackData& data) noexcept {
 
 void CallTracer::end(CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUpti_CallbackData& data) {
   if (nesting.recording != recording_ || nesting.depth == 0) return;
-  if (--nesting.depth > 0) return;
+  if (--nesting.depth > 0) {
+    ++nested_;
+    return;
+  }
   const int64_t end_ns = now_ns();
   const auto& ids = api_names_[index_of(domain)];
   ThreadCalls& own = of_this_thread();

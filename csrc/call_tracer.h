@@ -30,6 +30,8 @@ class CallTracer {
   void drain(LaunchColumns& columns);
   int64_t traced() const { return traced_; }
   int64_t lost() const { return lost_; }
+  // Driver calls that were seen inside a call that is traced itself.
+  int64_t nested() const { return nested_; }
   size_t enabled() const { return enabled_.size(); }
 
  private:
@@ -54,7 +56,7 @@ class CallTracer {
   CUpti_SubscriberHandle subscriber_ = nullptr;
   std::vector<std::pair<CUpti_CallbackDomain, CUpti_CallbackId>> enabled_;
   std::vector<int32_t> api_names_[2];
-  std::atomic<int64_t> recording_{0}, traced_{0}, lost_{0};
+  std::atomic<int64_t> recording_{0}, traced_{0}, lost_{0}, nested_{0};
   std::mutex threads_mutex_;
   std::vector<std::shared_ptr<ThreadCalls>> threads_;
 };

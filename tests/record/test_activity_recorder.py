@@ -144,7 +144,7 @@ def test_host_calls_are_traced_one_by_one(recorder: CuptiRecorder, fake: ctypes.
     assert set(column(rows, "thread")) == {threading.get_native_id()}
     for start, end in zip(column(rows, "start_ns"), column(rows, "end_ns"), strict=True):
         assert begin_ns <= start <= end <= end_ns
-    assert recorder.facts()["launches"] == 3
+    assert (recorder.facts()["launches"], recorder.facts()["nested_calls"]) == (3, 1)
 
 
 def test_calls_of_many_threads_keep_their_thread(recorder: CuptiRecorder, fake: ctypes.CDLL) -> None:
