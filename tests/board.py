@@ -26,6 +26,7 @@ class Op:
     joule: float
     moved_bytes: float
     flops: float
+    capped_joule: float | None = None
 
 
 OPS = {
@@ -33,8 +34,10 @@ OPS = {
     "softmax": Op(40e-6, 4.5e-3, 6.7e7, 1e8),
     "cast": Op(3e-6, 0.05e-3, 2e5, 0.0),
     "norm": Op(4e-6, 0.2e-3, 1e6, 1e6),
+    "gemm": Op(180e-6, 105e-3, 1e8, 1.4e11, capped_joule=84e-3),
 }
 TOKEN = {"gemv": 60, "softmax": 20, "cast": 80, "norm": 40}
+CAPPED_PREFILL = {"gemm": 250, "cast": 100, "norm": 100}
 PREFILL = {"gemv": 200, "softmax": 300, "cast": 100, "norm": 100}
 
 
@@ -59,6 +62,7 @@ class Board:
     first_c: float = 38.0
     last_c: float = 46.0
     replayed: tuple[str, ...] = ("gemv", "softmax", "cast")
+    prefill: dict[str, int] = field(default_factory=lambda: PREFILL)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,6 +73,7 @@ class Board:
         self.kernels: list[dict[str, Any]] = []
         self.ops: list[dict[str, Any]] = []
         self.replays: list[dict[str, Any]] = []
+        self.capped: list[tuple[int, int]] = []
 
     def rest(self, seconds: float) -> None:
         self.now_ns += round(seconds * S)
@@ -89,7 +94,8 @@ class Board:
         for name in order:
             self.rest(gap_s)
             begin_ns = self.now_ns
-            self.work(OPS[name].seconds, OPS[name].joule)
+            capped_joule = OPS[name].capped_joule if launches is self.prefill else None
+            self.work(OPS[name].seconds, OPS[name].joule if capped_joule is None else capped_joule)
             if pass_ != "weigh":
                 self.kernels.append({"start_ns": begin_ns, "end_ns": self.now_ns, "name": name, "pass": pass_})
             if pass_ == "inspect":
@@ -109,7 +115,7 @@ class Board:
         begin_ns = self.now_ns
         # The host is as moody as a virtual one.
         mood = 1 + 0.2 * abs(self.random.standard_normal())
-        self.step(PREFILL, 0.050 * mood, pass_)
+        self.step(self.prefill, 0.050 * mood, pass_)
         self.mark(begin_ns, "token", pass_, phase="prefill", token=0, new_tokens=new_tokens, **marks)
         self.mark(begin_ns, "phase", pass_, phase="prefill", new_tokens=new_tokens, **marks)
         decode_ns = self.now_ns
@@ -135,6 +141,8 @@ class Board:
                 for repeat in range(repeats):
                     self.generate(new_tokens, "weigh", round=round_, repeat=repeat)
                 self.mark(begin_ns, "window", "weigh", round=round_, new_tokens=new_tokens)
+                if new_tokens == 1 and "gemm" in self.prefill:
+                    self.capped.append((begin_ns, self.now_ns))
                 self.align(2)
         self._idle()
         self.generate(6, "time", repeat=0)
@@ -153,10 +161,12 @@ class Board:
     def _replay(self, name: str, duty: float) -> None:
         op = OPS[name]
         count = max(1, round(0.02 / op.seconds))
+        # Only at high duty does the load reach the cap.
+        joule = op.capped_joule if op.capped_joule is not None and duty > 0.8 else op.joule
         self.align(1)
         begin_ns, launches = self.now_ns, 0
         while self.now_ns - begin_ns < 2 * S:
-            self.work(count * op.seconds, count * op.joule)
+            self.work(count * op.seconds, count * joule)
             self.rest(count * op.seconds * (1 / duty - 1))
             launches += count
         self.replays.append(
@@ -169,6 +179,8 @@ class Board:
                 "captured": True,
             }
         )
+        if joule != op.joule:
+            self.capped.append((begin_ns, self.now_ns))
         self.align(2)
 
     def temperature_c(self, times_ns: np.ndarray) -> np.ndarray:
@@ -205,7 +217,14 @@ class Board:
             for t, w in zip(samples[1:], power_w, strict=True)
         ]
         readings += [
-            {"timestamp_ns": t, "device": 0, "sensor": "instant", "power_mw": 0, "temperature_c": round(c)}
+            {
+                "timestamp_ns": t,
+                "device": 0,
+                "sensor": "instant",
+                "power_mw": 0,
+                "temperature_c": round(c),
+                "throttle": 4 * any(a <= t <= b for a, b in self.capped),
+            }
             for t, c in zip(ticks, self.temperature_c(ticks), strict=True)
         ]
         self._append(writer, "power", readings)

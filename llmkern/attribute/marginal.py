@@ -21,8 +21,8 @@ from llmkern.attribute.estimate import Estimate
 DRAWS = 400
 # Two ticks of the counter frame a window, each known to some ms of a few hundred W.
 TICK_SIGMA_J = 0.5
-# The counter repeats itself to about this share (h100-facts: eight phases of one load gave 200-214 W, +-2 %, single
-# reads; windows of two seconds average that).
+# The counter repeats itself to about this share over two seconds (on an H100 one load at eight phases of the tick gave
+# 200-214 W in single reads).
 GAIN_SIGMA = 0.005
 # The prior is a guess from bytes and FLOPs: right to a factor of two.
 PRIOR_SIGMA = 0.7

@@ -17,6 +17,11 @@ from llmkern.attribute.weighed import counter_of
 from llmkern.run import RunFolder
 
 OTHER = "not identified"
+# At the power cap the clock falls, and a launch costs less (a 4096 GEMM on an H100 123 mJ instead of 155): joules from
+# there do for work that ran there, and for no other.
+CAPPED = " at the power cap"
+_POWER_CAP = 0x4
+_CAPPED_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,16 @@ def account_replays(run: RunFolder, attribution: Attribution, identified: Identi
     ops = run.table("ops")
     steps = launches_per_step(attribution.timeline, identified, ops)
     features = _features(steps, ops)
-    windows = [
-        *_replay_windows(run, attribution, replays, curve),
-        *_run_windows(attribution, steps),
-    ]
-    windows = [w for w in windows if set(w.launches) <= set(features)]
+    power = run.table("power", ["timestamp_ns", "temperature_c", "throttle"])
+    replayed = _replay_windows(attribution, replays, curve, power)
+    has_capped = {name.removesuffix(CAPPED) for w in replayed for name in w.launches if name.endswith(CAPPED)}
+    features |= {name + CAPPED: features[name] for name in has_capped if name in features}
+    capped = _capped_phases(run, power)
+    steps = {
+        phase: frame.rename(index=lambda n: n + CAPPED if n in has_capped else n) if phase in capped else frame
+        for phase, frame in steps.items()
+    }
+    windows = [w for w in [*replayed, *_run_windows(attribution, steps)] if set(w.launches) <= set(features)]
     floor_w = weighed.floor.at(weighed.temperature_c)
     sigma_w = (floor_w.half_width or 0.0) / 2
     marginals = estimate_marginals(windows, features, floor_sigma_w=sigma_w)
@@ -119,13 +129,32 @@ def _features(steps: dict[str, pd.DataFrame], ops: pd.DataFrame) -> dict[str, Fe
     return features
 
 
+def _is_capped(power: pd.DataFrame, start_ns: int, end_ns: int) -> bool:
+    """Whether the driver held the clock down for the power cap in most readings between the two times."""
+    inside = power["throttle"][power["timestamp_ns"].between(start_ns, end_ns)].dropna().astype("int64")
+    return len(inside) > 0 and float(((inside & _POWER_CAP) != 0).mean()) >= _CAPPED_SHARE
+
+
+def _capped_phases(run: RunFolder, power: pd.DataFrame) -> set[str]:
+    """Return the phases whose weigh windows ran at the power cap; decode is judged by the windows of generate(n)."""
+    ranges = run.table("ranges", ["category", "pass", "start_ns", "end_ns", "new_tokens"])
+    windows = ranges[(ranges["category"] == "window") & (ranges["pass"] == "weigh")]
+    found = set()
+    for phase, chosen in (("prefill", windows["new_tokens"] == 1), ("decode", windows["new_tokens"] > 1)):
+        spans = windows[chosen]
+        held = [_is_capped(power, int(s), int(e)) for s, e in zip(spans["start_ns"], spans["end_ns"], strict=True)]
+        if held and sum(held) > len(held) / 2:
+            found.add(phase)
+    return found
+
+
 def _replay_windows(
-    run: RunFolder, attribution: Attribution, replays: pd.DataFrame, curve: EnergyCurve
+    attribution: Attribution, replays: pd.DataFrame, curve: EnergyCurve, power: pd.DataFrame
 ) -> list[Window]:
     weighed = attribution.weighed
     assert weighed is not None
     assert weighed.floor is not None
-    power = run.table("power", ["timestamp_ns", "temperature_c"]).dropna().sort_values("timestamp_ns")
+    degrees = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
     windows = []
     for i, row in enumerate(replays.to_dict("records")):
         framed = curve.window(int(row["start_ns"]), int(row["end_ns"]))
@@ -133,10 +162,11 @@ def _replay_windows(
             continue
         before_ns, after_ns, joule = framed
         span = pd.DataFrame({"start_ns": [before_ns], "end_ns": [after_ns]})
-        celsius = mean_temperature(power, span)
+        celsius = mean_temperature(degrees, span)
         floor_w = weighed.floor.at(celsius if celsius is not None else weighed.temperature_c).value
         name = f"replay {i:03d} {row['signature']}"
-        launches = {str(row["signature"]): float(row["launches"])}
+        regime = CAPPED if _is_capped(power, int(row["start_ns"]), int(row["end_ns"])) else ""
+        launches = {str(row["signature"]) + regime: float(row["launches"])}
         windows.append(Window(name, joule, (after_ns - before_ns) / 1e9, floor_w, launches))
     return windows
 

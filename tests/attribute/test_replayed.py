@@ -9,9 +9,9 @@ import pytest
 
 from llmkern.attribute.equal_power import Attribution, attribute
 from llmkern.attribute.identify import identify
-from llmkern.attribute.replayed import Replays, account_replays, worth_replaying
+from llmkern.attribute.replayed import CAPPED, Replays, account_replays, worth_replaying
 from llmkern.run import RunFolder
-from tests.board import OPS, PREFILL, TOKEN, Board, Sensor
+from tests.board import CAPPED_PREFILL, OPS, PREFILL, TOKEN, Board, Sensor
 
 
 def played(path: Path, **options: Any) -> tuple[RunFolder, Attribution, Replays]:
@@ -73,6 +73,21 @@ def test_phases_are_explained_and_the_books_close(tmp_path: Path) -> None:
         truth_j = sum(OPS[n].joule * k for n, k in launches.items())
         dynamic_j = account.by_signature["dynamic_j"].sum()
         assert dynamic_j == pytest.approx(truth_j, rel=0.03)
+
+
+def test_joules_at_the_power_cap_are_kept_apart(tmp_path: Path) -> None:
+    # GIVEN a prefill at the cap, and a GEMM that reaches it in one of its two replays
+    _, attribution, found = played(
+        tmp_path / "run", prefill=CAPPED_PREFILL, replayed=("gemm", "gemv", "softmax", "cast")
+    )
+    energies = found.marginals.energy_j
+    assert energies["gemm"].value == pytest.approx(OPS["gemm"].joule, rel=0.03)
+    assert energies["gemm" + CAPPED].value == pytest.approx(OPS["gemm"].capped_joule, rel=0.03)
+    # THEN the prefill is explained by the joules of its own regime
+    energy = attribution.accounts["prefill"].weight.energy_j
+    assert energy is not None
+    assert abs(found.phases["prefill"].residual_j) < 0.03 * energy.value
+    assert "gemm" + CAPPED in set(found.phases["prefill"].by_signature["signature"])
 
 
 def test_equal_power_is_wrong_where_marginals_are_right(tmp_path: Path) -> None:
