@@ -27,7 +27,6 @@ def test_its_make_targets_and_commands_exist() -> None:
 
 
 def test_no_path_of_a_machine_is_in_a_result() -> None:
-    files = [*(ROOT / "bench" / "results").iterdir(), *(ROOT / "tests" / "data").glob("*/run.json")]
-    for file in files:
-        for word in ("/root", "/work", "/home", "/tmp"):
-            assert word not in file.read_text(), f"{file.name} names {word}"
+    for file in [*(ROOT / "bench" / "results").iterdir(), *(ROOT / "tests" / "data").glob("*/run.json")]:
+        absolute = re.findall(r"(?:^|[\s\"'=])(/\w[^\s\"']*)", file.read_text())
+        assert not absolute, f"{file.name} names {absolute}"
