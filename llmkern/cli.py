@@ -90,10 +90,15 @@ def cli() -> None:
 def trace(top: int, quiet: bool, debug: bool, **options: Any) -> None:
     """Run a model, record its kernels and energy, and print where the joules went."""
     from llmkern.progress import Stages
-    from llmkern.record.options import TraceOptions
-    from llmkern.record.session import trace as record
+    from llmkern.workload.models import find_model
 
-    folder = record(TraceOptions(**options), Stages(quiet=quiet))
+    # What can be found wrong at once is not to wait for the libraries.
+    find_model(options["model"])
+    stages = Stages(quiet=quiet)
+    with stages.stage("Starting PyTorch and Transformers"):
+        from llmkern.record.options import TraceOptions
+        from llmkern.record.session import trace as record
+    folder = record(TraceOptions(**options), stages)
     _print_report(folder, top)
 
 

@@ -6,13 +6,15 @@ import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from typing import TYPE_CHECKING, Any
 
 from llmkern.errors import UsageError
 
-_CLASSES: dict[str, type[PretrainedConfig]] = {"qwen2": Qwen2Config, "mistral": MistralConfig, "llama": LlamaConfig}
+# Transformers takes seconds to import; a mistyped name should not have to wait for it.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_CLASSES = {"qwen2": "Qwen2Config", "mistral": "MistralConfig", "llama": "LlamaConfig"}
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,17 @@ def build_config(spec: ModelSpec) -> PretrainedConfig:
 
     Raises UsageError when it has to come from a folder or the hub and cannot be had.
     """
+    import transformers
+
     if spec.architecture:
         values = dict(spec.architecture)
         rope = {"rope_theta": values.pop("rope_theta"), **values.pop("rope_scaling", {"rope_type": "default"})}
-        architecture: Any = _CLASSES[values.pop("model_type")]
+        architecture = getattr(transformers, _CLASSES[values.pop("model_type")])
         configuration: PretrainedConfig = architecture(rope_parameters=rope, **values)
         return configuration
     source = str(spec.path or spec.hub_id)
     try:
-        return AutoConfig.from_pretrained(source)
+        return transformers.AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
