@@ -282,6 +282,7 @@ def main() -> None:
         repeats=3,
         trace_repeats=1,
         replay=True,
+        no_cache=True,
     )
     cases = []
     for plant in GPU_PLANTS if device.kind == "cuda" else CPU_PLANTS:

@@ -113,6 +113,10 @@ TABLES: dict[str, pa.Schema] = {
             ("launches", pa.int64()),
             ("duty", pa.float64()),
             ("captured", pa.bool_()),
+            # Filled where the window was measured in an earlier run on this board.
+            ("seconds", pa.float64()),
+            ("dynamic_j", pa.float64()),
+            ("capped", pa.bool_()),
         ]
     ),
     "power": pa.schema(

@@ -129,6 +129,31 @@ def _features(steps: dict[str, pd.DataFrame], ops: pd.DataFrame) -> dict[str, Fe
     return features
 
 
+def to_cache(run: RunFolder, attribution: Attribution) -> pd.DataFrame:
+    """Return the windows that *run* replayed itself: signature, duty, launches, seconds, dynamic_j, capped."""
+    replays = run.table("replays")
+    fresh = replays[replays["dynamic_j"].isna()].reset_index(drop=True)
+    curve = counter_of(run, attribution.sensor, attribution.device)
+    if fresh.empty or curve is None or attribution.weighed is None or attribution.weighed.floor is None:
+        return pd.DataFrame(columns=["signature", "duty", "launches", "seconds", "dynamic_j", "capped"])
+    power = run.table("power", ["timestamp_ns", "temperature_c", "throttle"])
+    rows = []
+    for window in _replay_windows(attribution, fresh, curve, power):
+        ((key, launches),) = window.launches.items()
+        number = int(window.name.split()[1])
+        rows.append(
+            {
+                "signature": key.removesuffix(CAPPED),
+                "duty": float(fresh["duty"].iloc[number]),
+                "launches": launches,
+                "seconds": window.seconds,
+                "dynamic_j": window.energy_j - window.floor_w * window.seconds,
+                "capped": key.endswith(CAPPED),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _is_capped(power: pd.DataFrame, start_ns: int, end_ns: int) -> bool:
     """Whether the driver held the clock down for the power cap in most readings between the two times."""
     inside = power["throttle"][power["timestamp_ns"].between(start_ns, end_ns)].dropna().astype("int64")
@@ -157,6 +182,11 @@ def _replay_windows(
     degrees = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
     windows = []
     for i, row in enumerate(replays.to_dict("records")):
+        name, launches = f"replay {i:03d} {row['signature']}", float(row["launches"])
+        if row["dynamic_j"] is not None and row["dynamic_j"] == row["dynamic_j"]:
+            key = str(row["signature"]) + (CAPPED if row["capped"] else "")
+            windows.append(Window(name, float(row["dynamic_j"]), float(row["seconds"]), 0.0, {key: launches}))
+            continue
         framed = curve.window(int(row["start_ns"]), int(row["end_ns"]))
         if framed is None:
             continue
@@ -164,10 +194,9 @@ def _replay_windows(
         span = pd.DataFrame({"start_ns": [before_ns], "end_ns": [after_ns]})
         celsius = mean_temperature(degrees, span)
         floor_w = weighed.floor.at(celsius if celsius is not None else weighed.temperature_c).value
-        name = f"replay {i:03d} {row['signature']}"
         regime = CAPPED if _is_capped(power, int(row["start_ns"]), int(row["end_ns"])) else ""
-        launches = {str(row["signature"]) + regime: float(row["launches"])}
-        windows.append(Window(name, joule, (after_ns - before_ns) / 1e9, floor_w, launches))
+        seconds = (after_ns - before_ns) / 1e9
+        windows.append(Window(name, joule, seconds, floor_w, {str(row["signature"]) + regime: launches}))
     return windows
 
 

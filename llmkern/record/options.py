@@ -28,6 +28,7 @@ class TraceOptions:
     int8_threshold: float = 6.0
     inspect: bool = False
     replay: bool = False
+    no_cache: bool = False
     estimate_ram: bool = False
     out: Path | None = None
     force: bool = False

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmkern.attribute.replayed import worth_replaying
 from llmkern.progress import Stages
+from llmkern.record import environment, replay_cache
 from llmkern.record.annotate import Annotator
 from llmkern.record.device import Device, EnergyMeter
 from llmkern.record.generation import Generation
@@ -62,7 +63,8 @@ def record_passes(
             with stages.stage("Inspecting"):
                 writer.write_facts(inspected=inspect(device, generation, model, annotator, writer))
         if options.replay and meters:
-            _replay(device, generation, model, annotator, meters, writer, stages)
+            key = None if options.no_cache else replay_cache.cache_key(writer.facts["device"], environment.versions())
+            _replay(device, generation, model, annotator, meters, writer, stages, key)
 
 
 def _weigh(
@@ -96,8 +98,15 @@ def _replay(
     meters: list[EnergyMeter],
     writer: RunWriter,
     stages: Stages,
+    key: str | None,
 ) -> None:
     wanted = worth_replaying(RunFolder(writer.path), int(device.facts()["index"]))
+    if key is not None:
+        known = replay_cache.load(key)
+        known = known[known["signature"].isin(wanted)]
+        columns = {name: known[name].to_list() for name in known.columns if name != "key"}
+        writer.append("replays", {**columns, "start_ns": None, "end_ns": None, "captured": None})
+        wanted = [name for name in wanted if name not in set(known["signature"])]
     keeper = Keeper(model, set(wanted))
     with keeper:
         generation(NEW_TOKENS)
@@ -110,4 +119,5 @@ def _replay(
     ):
         for window in replay(device, cases, annotator, meters, advance):
             pump.check()
-            writer.append("replays", {key: [value] for key, value in asdict(window).items()})
+            row = {name: [value] for name, value in asdict(window).items()}
+            writer.append("replays", {**row, "seconds": None, "dynamic_j": None, "capped": None})

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
+from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.replayed import to_cache
 from llmkern.errors import LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
-from llmkern.record import environment
+from llmkern.record import environment, replay_cache
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation, decoder_layers
 from llmkern.record.options import TraceOptions
 from llmkern.record.passes import record_passes
-from llmkern.run import TABLES, RunWriter
+from llmkern.run import TABLES, RunFolder, RunWriter
 from llmkern.workload.load import LoadedModel, load_model
 from llmkern.workload.models import ModelSpec, build_config, find_model
 from llmkern.workload.precision import check_memory, check_precision, have_bitsandbytes, required_bytes
@@ -67,6 +69,10 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
         _record(options, spec, prompts, device, writer, stages)
         with stages.stage("Merging the segments", len(TABLES)) as advance:
             writer.finish(advance, elapsed_s=round(time.monotonic() - started_s, 3))
+        if options.replay and not options.no_cache:
+            run = RunFolder(folder)
+            key = replay_cache.cache_key(run.facts["device"], run.facts["versions"])
+            replay_cache.store(key, to_cache(run, attribute(run)))
     except LlmkernError as error:
         _record_failure(writer, str(error))
         raise
