@@ -244,7 +244,7 @@ def main() -> None:
 
     def measure(
         name: str, condition: Condition, limit: float | None = None, quads: int = arguments.quads, more: float = 0.0
-    ) -> float:
+    ) -> None:
         found = bench.switched(condition, quads, arguments.block)
         effect = found.effect()
         metrics = {
@@ -258,7 +258,6 @@ def main() -> None:
             metrics["with_own_threads"] = metric(effect.value + more, "1")
             text += f", with its own threads {effect.value + more:+.2%}"
         say(name, text, metrics, limit, effect.value + more)
-        return effect.value
 
     measure("nothing", nullcontext)
     weigh_share = bench.own_share(tracing=False, seconds=arguments.seconds)

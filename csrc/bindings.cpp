@@ -93,7 +93,6 @@ PYBIND11_MODULE(_recorder, m) {
   py::class_<ActivityRecorder, std::unique_ptr<ActivityRecorder, py::nodelete>>(m, "ActivityRecorder")
       .def(py::init<const std::vector<std::string>&, const std::string&>(),
            py::arg("candidates") = std::vector<std::string>{}, py::arg("library") = "")
-      .def_property_readonly("library_path", [](const ActivityRecorder& r) { return r.api().library.path(); })
       .def_property_readonly("version", [](const ActivityRecorder& r) { return r.api().version; })
       .def("start", &ActivityRecorder::start, py::arg("buffer_bytes") = 1 << 20, py::arg("host_calls") = true,
            py::arg("pinned") = false, py::call_guard<py::gil_scoped_release>())

@@ -29,8 +29,7 @@ int64_t now_ns() noexcept {
 
 size_t index_of(CUpti_CallbackDomain domain) { return domain == CUPTI_CB_DOMAIN_DRIVER_API ? 0 : 1; }
 
-}  // namespace
-
+// Whether a host call is one that launches, copies, synchronises or allocates.
 bool is_traced_call(const std::string& call) {
   static const char* const prefixes[] = {
       "cudaLaunch", "cudaGraphLaunch", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize",
@@ -42,6 +41,8 @@ bool is_traced_call(const std::string& call) {
   return std::any_of(std::begin(prefixes), std::end(prefixes),
                      [&](const char* prefix) { return name.compare(0, std::strlen(prefix), prefix) == 0; });
 }
+
+}  // namespace
 
 void CallTracer::enable(CUpti_SubscriberHandle subscriber) {
   subscriber_ = subscriber;

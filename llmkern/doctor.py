@@ -113,7 +113,7 @@ def _nvml() -> list[Finding]:
         found.append(Finding(f"NVML, GPU {index}", OK, f"driver {meter.info.get('driver_version')}{limit}"))
         costs = meter.call_costs_us()
         for source, problem in meter.support.items():
-            cost = f"a call costs {costs[source]:,.0f} µs" if source in costs else "works"
+            cost = f"a call costs {costs[source]:,.1f} µs" if source in costs else "works"
             state = OK if problem is None else LIMITED
             found.append(Finding(f"  {source}", state, cost if problem is None else problem))
     return found

@@ -8,10 +8,8 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.equal_power import Attribution, PhaseAccount
-from llmkern.attribute.identify import NONE, Identified
+from llmkern.attribute.identify import NONE, UNIDENTIFIED, Identified
 from llmkern.run import RunFolder
-
-UNIDENTIFIED = "not identified"
 
 
 def by_operator(

@@ -12,6 +12,7 @@ from llmkern.attribute.timeline import Timeline, build_timeline
 from llmkern.run import RunFolder
 
 NONE = -1
+UNIDENTIFIED = "not identified"
 
 
 @dataclass(frozen=True)

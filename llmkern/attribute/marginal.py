@@ -63,9 +63,6 @@ class Marginals:
     groups: list[tuple[str, ...]]
     residuals_j: dict[str, float]
     condition: float
-    prior_per_s: float
-    prior_per_byte: float
-    prior_per_flop: float
 
 
 def estimate_marginals(
@@ -113,7 +110,7 @@ def estimate_marginals(
     norms = np.linalg.norm(scaled, axis=0)
     condition = float(np.linalg.cond(scaled / np.where(norms > 0, norms, 1.0)))
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
-    return Marginals(found, groups, residuals, condition, *(float(w) for w in weights))
+    return Marginals(found, groups, residuals, condition)
 
 
 def _solve(counts: np.ndarray, dynamic_j: np.ndarray, sigma_j: np.ndarray, prior_j: np.ndarray) -> np.ndarray:

@@ -10,13 +10,12 @@ import pandas as pd
 from llmkern.attribute.energy import EnergyCurve, mean_temperature
 from llmkern.attribute.equal_power import Attribution, PhaseAccount
 from llmkern.attribute.estimate import Estimate, combine
-from llmkern.attribute.identify import NONE, Identified, identify
+from llmkern.attribute.identify import NONE, UNIDENTIFIED, Identified, identify
 from llmkern.attribute.marginal import Features, Marginals, Window, estimate_marginals
 from llmkern.attribute.timeline import Timeline, build_timeline
 from llmkern.attribute.weighed import counter_of
 from llmkern.run import RunFolder
 
-OTHER = "not identified"
 # At the power cap the clock falls, and a launch costs less (a 4096 GEMM on an H100 123 mJ instead of 155): joules from
 # there do for work that ran there, and for no other.
 CAPPED = " at the power cap"
@@ -58,14 +57,14 @@ def account_replays(run: RunFolder, attribution: Attribution, identified: Identi
     features = _features(steps, ops)
     power = run.table("power", ["timestamp_ns", "temperature_c", "throttle"])
     replayed = _replay_windows(attribution, replays, curve, power)
-    has_capped = {name.removesuffix(CAPPED) for w in replayed for name in w.launches if name.endswith(CAPPED)}
+    has_capped = {name.removesuffix(CAPPED) for w in replayed.values() for name in w.launches if name.endswith(CAPPED)}
     features |= {name + CAPPED: features[name] for name in has_capped if name in features}
     capped = _capped_phases(run, power)
     steps = {
         phase: frame.rename(index=lambda n: n + CAPPED if n in has_capped else n) if phase in capped else frame
         for phase, frame in steps.items()
     }
-    windows = [w for w in [*replayed, *_run_windows(attribution, steps)] if set(w.launches) <= set(features)]
+    windows = [w for w in [*replayed.values(), *_run_windows(attribution, steps)] if set(w.launches) <= set(features)]
     floor_w = weighed.floor.at(weighed.temperature_c)
     sigma_w = (floor_w.half_width or 0.0) / 2
     marginals = estimate_marginals(windows, features, floor_sigma_w=sigma_w)
@@ -83,7 +82,7 @@ def worth_replaying(run: RunFolder, device: int, share: float = 0.97, most: int 
     steps = launches_per_step(timeline, identify(run, timeline, device), run.table("ops"))
     longest: dict[str, float] = {}
     for frame in steps.values():
-        rows = frame.drop(index=OTHER, errors="ignore")["duration_ns"].sort_values(ascending=False)
+        rows = frame.drop(index=UNIDENTIFIED, errors="ignore")["duration_ns"].sort_values(ascending=False)
         parts = rows / max(float(frame["duration_ns"].sum()), 1.0)
         # One more than reaches the share.
         for name, part in parts[parts.cumsum().shift(fill_value=0.0) < share].items():
@@ -102,7 +101,7 @@ def launches_per_step(timeline: Timeline, identified: Identified, ops: pd.DataFr
             "instance": kernels["instance"],
             "token": kernels["token"].fillna(-1),
             "op": identified.op,
-            "signature": np.where(known, names[identified.op], OTHER),
+            "signature": np.where(known, names[identified.op], UNIDENTIFIED),
             "duration_ns": (kernels["end_ns"] - kernels["start_ns"]).astype(float),
         }
     )
@@ -138,9 +137,8 @@ def to_cache(run: RunFolder, attribution: Attribution) -> pd.DataFrame:
         return pd.DataFrame(columns=["signature", "duty", "launches", "seconds", "dynamic_j", "capped"])
     power = run.table("power", ["timestamp_ns", "temperature_c", "throttle"])
     rows = []
-    for window in _replay_windows(attribution, fresh, curve, power):
+    for number, window in _replay_windows(attribution, fresh, curve, power).items():
         ((key, launches),) = window.launches.items()
-        number = int(window.name.split()[1])
         rows.append(
             {
                 "signature": key.removesuffix(CAPPED),
@@ -175,17 +173,18 @@ def _capped_phases(run: RunFolder, power: pd.DataFrame) -> set[str]:
 
 def _replay_windows(
     attribution: Attribution, replays: pd.DataFrame, curve: EnergyCurve, power: pd.DataFrame
-) -> list[Window]:
+) -> dict[int, Window]:
+    """Return the windows of *replays* by their row; one that the counter's ticks do not frame is left out."""
     weighed = attribution.weighed
     assert weighed is not None
     assert weighed.floor is not None
     degrees = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
-    windows = []
+    windows = {}
     for i, row in enumerate(replays.to_dict("records")):
         name, launches = f"replay {i:03d} {row['signature']}", float(row["launches"])
         if row["dynamic_j"] is not None and row["dynamic_j"] == row["dynamic_j"]:
             key = str(row["signature"]) + (CAPPED if row["capped"] else "")
-            windows.append(Window(name, float(row["dynamic_j"]), float(row["seconds"]), 0.0, {key: launches}))
+            windows[i] = Window(name, float(row["dynamic_j"]), float(row["seconds"]), 0.0, {key: launches})
             continue
         framed = curve.window(int(row["start_ns"]), int(row["end_ns"]))
         if framed is None:
@@ -196,7 +195,7 @@ def _replay_windows(
         floor_w = weighed.floor.at(celsius if celsius is not None else weighed.temperature_c).value
         regime = CAPPED if _is_capped(power, int(row["start_ns"]), int(row["end_ns"])) else ""
         seconds = (after_ns - before_ns) / 1e9
-        windows.append(Window(name, joule, seconds, floor_w, {str(row["signature"]) + regime: launches}))
+        windows[i] = Window(name, joule, seconds, floor_w, {str(row["signature"]) + regime: launches})
     return windows
 
 

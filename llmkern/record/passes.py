@@ -107,6 +107,8 @@ def _replay(
         columns = {name: known[name].to_list() for name in known.columns if name != "key"}
         writer.append("replays", {**columns, "start_ns": None, "end_ns": None, "captured": None})
         wanted = [name for name in wanted if name not in set(known["signature"])]
+    if not wanted:
+        return
     keeper = Keeper(model, set(wanted))
     with keeper:
         generation(NEW_TOKENS)

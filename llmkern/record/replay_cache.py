@@ -29,21 +29,22 @@ def cache_key(device: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
 
 def load(key: str, file: Path | None = None) -> pd.DataFrame:
     """Return the cached windows of *key*; a cache that cannot be read is an empty one."""
+    rows = _read(file or cache_file())
+    return rows[rows["key"] == key]
+
+
+def _read(file: Path) -> pd.DataFrame:
     try:
-        rows = pd.read_parquet(file or cache_file(), columns=COLUMNS)
+        return pd.read_parquet(file, columns=COLUMNS)
     except Exception:
         # Torn, of an older layout, absent or locked away: the replays are done again and the file is written anew.
         return pd.DataFrame(columns=COLUMNS)
-    return rows[rows["key"] == key]
 
 
 def store(key: str, windows: pd.DataFrame, file: Path | None = None) -> None:
     """Add *windows* (COLUMNS without key) in place of those of the same signatures; a full disk costs only time."""
     target = file or cache_file()
-    try:
-        old = pd.read_parquet(target, columns=COLUMNS)
-    except Exception:
-        old = pd.DataFrame(columns=COLUMNS)
+    old = _read(target)
     replaced = (old["key"] == key) & old["signature"].isin(set(windows["signature"]))
     parts = [part for part in (old[~replaced], windows.assign(key=key)[COLUMNS]) if not part.empty]
     if not parts:
