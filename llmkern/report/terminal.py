@@ -133,7 +133,9 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
         text = [f"{quantity(watts * a.weight.latency_s.value, 'J')} (estimate)" for a in accounts]
         rows.append(("host RAM", text))
     for name, values in rows:
-        table.add_row(name, *values)
+        # What no sensor on this machine could tell is said once, below, and not in a row of dashes.
+        if any(value != "–" for value in values):
+            table.add_row(name, *values)
     return table
 
 

@@ -45,6 +45,7 @@ def test_time_only_is_said(tmp_path: Path) -> None:
     run, _ = synthetic_run(tmp_path / "run", energy=False)
     text = printed(run)
     assert "There is no energy" in text
+    assert "energy in kernels" not in text
     assert "0.00 J" not in text
 
 
