@@ -31,7 +31,6 @@ from bench.result import case, metric, write
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
-from llmkern.record.cuda import CuptiRecorder
 from llmkern.record.device import Device, KernelRecorder
 from llmkern.record.generation import Generation
 from llmkern.record.pump import Pump, Source
@@ -65,8 +64,7 @@ class Switched:
 def per_launch(device: Device, condition: Condition, quads: int, launches: int) -> tuple[Estimate, float]:
     """Return by how many µs *condition* lengthens one eager launch of a tiny kernel, and how long that takes without.
 
-    Blocks of *launches* are switched like tokens. In short ones the host's moods hardly matter; in long ones CUPTI's
-    own thread is at work beside the launches, as in a real run.
+    Blocks of *launches* are switched like tokens. They are so short that the host's moods hardly matter.
     """
     tiny = torch.ones(64, device=device.torch_device)
 
@@ -150,9 +148,9 @@ class Bench:
         return Switched(blocks[:, ~on].reshape(quads, -1), blocks[:, on].reshape(quads, -1))
 
     @contextmanager
-    def recorded(self, recorder: KernelRecorder) -> Iterator[None]:
+    def recorded(self, recorder: KernelRecorder, *, host_calls: bool) -> Iterator[None]:
         """A recorder alone: no ranges per layer, nothing written."""
-        recorder.start()
+        recorder.start(host_calls=host_calls)
         try:
             yield
         finally:
@@ -160,9 +158,9 @@ class Bench:
             recorder.drain()
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """What pass time adds to every launch: recorder, host calls, ranges per layer."""
-        with self.recorded(self.device.recorder()), self.generation.layers_annotated():
+    def timed(self, recorder: KernelRecorder, *, host_calls: bool) -> Iterator[None]:
+        """What passes time and calls add to every launch: recorder and ranges per layer."""
+        with self.recorded(recorder, host_calls=host_calls), self.generation.layers_annotated():
             yield
         self.annotator.drain()
 
@@ -179,10 +177,10 @@ class Bench:
             pace(meters, RARE_TICK_S)
             sources: list[Source] = [lambda: ranges(self.annotator, "weigh"), *(meter.drain for meter in meters)]
             if tracing:
-                recorder.start()
+                recorder.start(host_calls=False)
                 stack.callback(recorder.stop)
                 stack.enter_context(self.generation.layers_annotated())
-                sources.append(lambda: flushed(recorder))
+                sources.append(lambda: flushed(recorder, "time"))
             pump = stack.enter_context(Pump(self._writer, sources))
             cost = OwnCost(pump, meters)
             begin_s = time.monotonic()
@@ -196,23 +194,19 @@ class Bench:
 
 
 def _launches(bench: Bench, say: Callable[[str, str, dict[str, Any], float | None, float], None]) -> None:
-    """Measure what one launch costs under each way to record it."""
-    recorders = {
-        "kernel records": CuptiRecorder(host_calls=False),
-        "kernel records, pinned": CuptiRecorder(host_calls=False, pinned=True),
-        "kernel records and host calls": CuptiRecorder(),
-        "kernel records and host calls, pinned": CuptiRecorder(pinned=True),
-    }
-    for launches, quads in ((400, 60), (20_000, 6)):
-        for name, recorder in recorders.items():
+    """Measure what one launch costs with and without host calls."""
+    for name, host_calls in (("kernel records", False), ("kernel records and host calls", True)):
+        recorder = bench.device.recorder()
 
-            def condition(recorder: CuptiRecorder = recorder) -> AbstractContextManager[Any]:
-                return bench.recorded(recorder)
+        def condition(
+            recorder: KernelRecorder = recorder, host_calls: bool = host_calls
+        ) -> AbstractContextManager[Any]:
+            return bench.recorded(recorder, host_calls=host_calls)
 
-            added_us, bare_us = per_launch(bench.device, condition, quads, launches)
-            metrics = {"added_per_launch": metric(added_us, "µs"), "bare_launch": metric(bare_us, "µs")}
-            text = f"{added_us.value:+.2f} [{added_us.low:+.2f}, {added_us.high:+.2f}] µs on {bare_us:.1f} µs"
-            say(f"{name}; {launches:,} tiny launches", text, metrics, None, 0.0)
+        added_us, bare_us = per_launch(bench.device, condition, quads=60, launches=400)
+        metrics = {"added_per_launch": metric(added_us, "µs"), "bare_launch": metric(bare_us, "µs")}
+        text = f"{added_us.value:+.2f} [{added_us.low:+.2f}, {added_us.high:+.2f}] µs on {bare_us:.1f} µs"
+        say(f"{name}, per launch", text, metrics, None, 0.0)
 
 
 def main() -> None:
@@ -221,14 +215,14 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--quads", type=int, default=60, help="samples per part; four blocks of tokens each")
+    parser.add_argument("--quads", type=int, default=80, help="samples per part; four blocks of tokens each")
     parser.add_argument("--block", type=int, default=3, help="tokens between two switches")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long own threads are watched, per pass")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     bench = Bench(arguments.model, arguments.precision, choose_device(arguments.device), arguments.prompt_tokens)
-    for _ in range(4):
-        bench.generate(16)
+    # At full length: the first long generation asks CUDA for memory at every step.
+    bench.generate(1 + 4 * arguments.quads * arguments.block)
     cuda = bench.device.kind == "cuda"
     gpu = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
@@ -263,20 +257,18 @@ def main() -> None:
     weigh_share = bench.own_share(tracing=False, seconds=arguments.seconds)
     metrics = {"own_threads": metric(weigh_share, "1")}
     say("weigh: own threads", f"{weigh_share:+7.2%}", metrics, WEIGH_LIMIT, weigh_share)
-    measure("ranges per layer", bench.generation.layers_annotated)
-    if cuda:
-        kernels_only = CuptiRecorder(host_calls=False)
-        measure("kernel records", lambda: bench.recorded(kernels_only))
     recorder = bench.device.recorder()
-    measure("kernel records and host calls", lambda: bench.recorded(recorder))
+    measure("kernel records", lambda: bench.recorded(recorder, host_calls=False))
     if cuda:
         _launches(bench, say)
     time_share = bench.own_share(tracing=True, seconds=arguments.seconds)
     metrics = {"own_threads": metric(time_share, "1")}
     say("time: own threads", f"{time_share:+7.2%}", metrics, None, time_share)
-    measure("time", bench.timed, TIME_LIMIT, more=time_share)
+    measure("time", lambda: bench.timed(recorder, host_calls=False), TIME_LIMIT, more=time_share)
+    if cuda:
+        measure("calls", lambda: bench.timed(recorder, host_calls=True))
     # Last: torch.profiler keeps CUPTI once it has it.
-    few = max(2, arguments.quads // 6)
+    few = max(2, arguments.quads // 8)
     measure("torch.profiler, GPU", lambda: profile(activities=gpu), quads=few)
     measure("torch.profiler, CPU and GPU", lambda: profile(activities=both), quads=few)
     print(write("overhead", cases, arguments.results))

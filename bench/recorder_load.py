@@ -112,7 +112,7 @@ def main() -> None:
             recorder.start()
         begin_s = time.monotonic()
         with Watch() as watch:
-            with Pump(writer, [lambda: flushed(recorder)]):
+            with Pump(writer, [lambda: flushed(recorder, "time")]):
                 if arguments.live:
                     kernels = live(arguments.kernels_per_second, arguments.seconds)
                     recorder.stop()

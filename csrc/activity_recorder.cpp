@@ -32,7 +32,7 @@ ActivityRecorder::~ActivityRecorder() {
   for (uint8_t* buffer : pool_) std::free(buffer);
 }
 
-void ActivityRecorder::start(size_t buffer_bytes, bool host_calls, bool pinned) {
+void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
   if (running_) return;
   ActivityRecorder* before = active.load();
   if (before != nullptr && before != this && before->running_) {
@@ -48,9 +48,6 @@ void ActivityRecorder::start(size_t buffer_bytes, bool host_calls, bool pinned) 
     size_t size = sizeof(uint8_t);
     uint8_t zeroed = 1;
     api_.set_attribute(CUPTI_ACTIVITY_ATTR_ZEROED_OUT_ACTIVITY_BUFFER, &size, &zeroed);
-    // Where the GPU leaves its time stamps: in its own memory, which the host reads across the bus, or in the host's.
-    uint8_t in_host_memory = pinned;
-    api_.set_attribute(CUPTI_ACTIVITY_ATTR_MEM_ALLOCATION_TYPE_HOST_PINNED, &size, &in_host_memory);
     // Thread ids of the operating system, so that launches and ranges name the same thread.
     api_.set_thread_id_type(CUPTI_ACTIVITY_THREAD_ID_TYPE_SYSTEM);
     // No timestamp callback: on CUPTI 12.6-13.0 it can lose kernel times, and the default clock is already ours.

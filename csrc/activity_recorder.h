@@ -20,7 +20,7 @@ class ActivityRecorder {
   ActivityRecorder(const ActivityRecorder&) = delete;
   ActivityRecorder& operator=(const ActivityRecorder&) = delete;
 
-  void start(size_t buffer_bytes, bool host_calls, bool pinned);
+  void start(size_t buffer_bytes, bool host_calls);
   void stop();
   void flush(bool forced);
   // Waits until every buffer handed over so far is decoded.

@@ -95,7 +95,7 @@ PYBIND11_MODULE(_recorder, m) {
            py::arg("candidates") = std::vector<std::string>{}, py::arg("library") = "")
       .def_property_readonly("version", [](const ActivityRecorder& r) { return r.api().version; })
       .def("start", &ActivityRecorder::start, py::arg("buffer_bytes") = 1 << 20, py::arg("host_calls") = true,
-           py::arg("pinned") = false, py::call_guard<py::gil_scoped_release>())
+           py::call_guard<py::gil_scoped_release>())
       .def("stop", &ActivityRecorder::stop, py::call_guard<py::gil_scoped_release>())
       .def("flush", &ActivityRecorder::flush, py::arg("forced") = false, py::call_guard<py::gil_scoped_release>())
       .def("settle", &ActivityRecorder::settle, py::call_guard<py::gil_scoped_release>())

@@ -92,8 +92,8 @@ def _steps(timeline: Timeline) -> list[_Step]:
     token = kernels["token"].where(decode, NONE).fillna(NONE).astype(int)
     steps = []
     for _, rows in kernels.groupby([kernels["instance"], token], sort=False):
-        # Kernels of one graph launch share its time; they run in the order of their start.
-        ordered = rows.sort_values(["issued_ns", "start_ns"], kind="stable")
+        # Launches are numbered in their order; kernels of one graph launch share its number and run in their order.
+        ordered = rows.sort_values(["correlation_id", "start_ns"], kind="stable")
         number = int(token[ordered.index[0]])
         steps.append(
             _Step(

@@ -29,7 +29,8 @@ def build_timeline(
 ) -> Timeline:
     """Assign every kernel of pass *pass_name* to the phase and token step during which the host launched it.
 
-    A kernel whose launch was not recorded counts by its own start. Gaps are the time within a phase in which no
+    A kernel whose launch was not recorded (pass ``time`` records none) counts by its own start: a generation reads
+    every token back, so the device has run dry where a step begins. Gaps are the time within a phase in which no
     kernel, copy or memset ran on any stream of *device*, between its first and its last.
     """
     kernels, launches, ranges = (t[t["pass"] == pass_name] for t in (kernels, launches, ranges))

@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
-from llmkern.record.operators import computes
+from llmkern.record.operators import computes, copied, may_copy
 from llmkern.record.rapl import RaplMeter, package_zones
 
 
@@ -75,6 +75,7 @@ class OperatorRecorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._names: dict[Any, str | None] = {}
+        self._may_copy: set[Any] = set()
         self._records: list[tuple[int, int, str]] = []
         self._thread = 0
         self._count = 0
@@ -86,12 +87,17 @@ class OperatorRecorder(TorchDispatchMode):
         end_ns = time.time_ns()
         name = self._names.get(func, "")
         if name == "":
-            name = self._names[func] = str(func) if computes(func) else None
-        if name is not None:
+            name = self._names[func] = str(func) if computes(func) or may_copy(func) else None
+            if may_copy(func):
+                self._may_copy.add(func)
+        if name is not None and (
+            func not in self._may_copy or copied([a for a in args if isinstance(a, torch.Tensor)], result)
+        ):
             self._records.append((start_ns, end_ns, name))
         return result
 
-    def start(self) -> None:
+    def start(self, *, host_calls: bool = True) -> None:
+        # An operator is its own host call.
         self._thread = threading.get_native_id()
         self.__enter__()
         self._running = True

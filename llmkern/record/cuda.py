@@ -177,12 +177,10 @@ def check_nvml(info: dict[str, Any], support: dict[str, str | None]) -> None:
 class CuptiRecorder:
     """Kernel, copy and launch records of this process through CUPTI.
 
-    *library* is the file to take instead of searching; without *host_calls* only the device is recorded; *pinned* has
-    the GPU leave its time stamps in the host's memory instead of its own.
+    *library* is the file to take instead of searching.
     """
 
-    def __init__(self, library: str = "", *, host_calls: bool = True, pinned: bool = False) -> None:
-        self._settings = {"host_calls": host_calls, "pinned": pinned}
+    def __init__(self, library: str = "") -> None:
         module = native()
         self._errors = module.RecorderError
         self._kinds: list[str] = list(module.KIND_NAMES)
@@ -192,9 +190,9 @@ class CuptiRecorder:
         except self._errors as error:
             raise DeviceError(str(error)) from error
 
-    def start(self) -> None:
+    def start(self, *, host_calls: bool = True) -> None:
         try:
-            self._recorder.start(**self._settings)
+            self._recorder.start(host_calls=host_calls)
         except self._errors as error:
             owner = next((who for key, who in _INJECTORS.items() if os.environ.get(key)), None)
             hint = f" ({owner} started this process)" if owner else ""

@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from llmkern.record.annotate import Annotator, columns
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation
-from llmkern.record.operators import computes, describe, flops, moved_bytes, signature
+from llmkern.record.operators import computes, copied, describe, flops, may_copy, moved_bytes, signature
 from llmkern.record.pump import Pump
 from llmkern.run import RunWriter
 
-# Prefill and two decoded tokens: the first token after a prefill is not always like the others.
-NEW_TOKENS = 3
+# Prefill and three decoded tokens: odd and even tokens may differ (alignment chooses the kernel), and so does the last.
+NEW_TOKENS = 4
 _LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
@@ -94,12 +94,13 @@ class Inspector(TorchDispatchMode):
         start_ns = time.time_ns()
         result = func(*args, **kwargs)
         end_ns = time.time_ns()
-        if computes(func):
+        leaves = tree_leaves((args, kwargs))
+        inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
+        if computes(func) or (may_copy(func) and copied(inputs, result)):
             phase, token = self._where()
             module = next((name for name in reversed(self._stack) if name), "")
             layer = _LAYER.search(module)
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-            shapes, dtypes = describe(inputs)
+            shapes, dtypes = describe(leaves)
             outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
             self.calls.append(
                 OpCall(

@@ -11,6 +11,10 @@ from torch.utils.flop_counter import flop_registry
 
 # Operators that read of their table only what they give back.
 _GATHERS = ("aten.embedding.", "aten.index.", "aten.index_select.", "aten.gather.")
+# Operators that give back their input or, where that will not do, a copy: casts before all.
+_MAY_COPY = ("to", "contiguous", "reshape", "flatten", "type_as")
+# Questions about a tensor that copy the answer from the device to the host.
+_READ_BACK = ("item", "_local_scalar_dense", "is_nonzero", "equal")
 
 
 DTYPES = {
@@ -26,15 +30,24 @@ DTYPES = {
 }
 
 
-def describe(tensors: list[torch.Tensor]) -> tuple[str, str]:
-    """Return the shapes and the dtypes of *tensors* as table ``ops`` has them."""
+def describe(leaves: list[Any]) -> tuple[str, str]:
+    """Return the shapes and the dtypes among the arguments *leaves* as table ``ops`` has them.
+
+    A dtype that is an argument itself, as in a cast, stands behind "to".
+    """
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
     shapes = " ".join("x".join(map(str, t.shape)) or "1" for t in tensors)
-    return shapes, " ".join(DTYPES.get(t.dtype, str(t.dtype).removeprefix("torch.")) for t in tensors)
+    dtypes = [_dtype(t.dtype) for t in tensors] + [f"to {_dtype(x)}" for x in leaves if isinstance(x, torch.dtype)]
+    return shapes, " ".join(dtypes)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def signature_of(func: Any, args: Any, kwargs: Any) -> str:
     """Return what makes two calls the same work: operator, shapes and dtypes."""
-    shapes, dtypes = describe([t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)])
+    shapes, dtypes = describe(tree_leaves((args, kwargs)))
     return signature(str(func), shapes, dtypes)
 
 
@@ -48,6 +61,19 @@ def computes(operator: Any) -> bool:
     if returns and not any("Tensor" in str(r.type) for r in returns):
         return False
     return not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
+
+
+def may_copy(operator: Any) -> bool:
+    """Whether :func:`copied` has to be asked of each call of *operator*."""
+    namespace, _, name = operator._schema.name.partition("::")
+    return namespace == "aten" and name in (*_MAY_COPY, *_READ_BACK)
+
+
+def copied(inputs: list[torch.Tensor], result: Any) -> bool:
+    """Whether a call of an operator that :func:`may_copy` has copied *inputs*, or read them back from a device."""
+    if not isinstance(result, torch.Tensor):
+        return any(t.device.type != "cpu" for t in inputs)
+    return all(result.data_ptr() != t.data_ptr() for t in inputs)
 
 
 def touched_bytes(tensor: torch.Tensor) -> int:

@@ -47,24 +47,39 @@ def record_passes(
         plan = plan_windows(options.repeats, options.new_tokens, prefill_s, generate_s, shortest_s)
         cost = _weigh(generation, annotator, meters, writer, stages, plan)
         writer.write_facts(plan=asdict(plan), own_cost=cost)
-        with stages.stage("Timing", options.trace_repeats) as advance:
-            recorder_facts = record_timeline(
-                device,
-                generation,
-                annotator,
-                meters,
-                writer,
-                new_tokens=options.new_tokens,
-                repeats=options.trace_repeats,
-                advance=advance,
-            )
-        writer.write_facts(recorder=recorder_facts, sensors={meter.name: meter.facts() for meter in meters})
+        # On the CPU an operator is its own host call.
+        passes = {"calls": 1} if device.kind == "cuda" else {}
+        passes["time"] = options.trace_repeats
+        facts = []
+        with stages.stage("Timing", sum(passes.values())) as advance:
+            for name, repeats in passes.items():
+                facts.append(
+                    record_timeline(
+                        device,
+                        generation,
+                        annotator,
+                        meters,
+                        writer,
+                        pass_name=name,
+                        new_tokens=options.new_tokens,
+                        repeats=repeats,
+                        advance=advance,
+                    )
+                )
+        writer.write_facts(recorder=_together(facts), sensors={meter.name: meter.facts() for meter in meters})
         if options.inspect or options.replay:
             with stages.stage("Inspecting"):
                 writer.write_facts(inspected=inspect(device, generation, model, annotator, writer))
         if options.replay and meters:
             key = None if options.no_cache else replay_cache.cache_key(writer.facts["device"], environment.versions())
             _replay(device, generation, model, annotator, meters, writer, stages, key)
+
+
+def _together(recordings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what recorders said of several passes: counts added, the rest of the last."""
+    last = recordings[-1]
+    counts = {k for k, v in last.items() if isinstance(v, int) and k not in ("library_version", "clock_offset_ns")}
+    return last | {k: sum(int(one.get(k, 0)) for one in recordings) for k in counts}
 
 
 def _weigh(

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llmkern.record.annotate import Annotator
 from llmkern.record.device import Device, EnergyMeter
-from llmkern.record.operators import computes, signature_of
+from llmkern.record.operators import computes, may_copy, signature_of
 from llmkern.record.weigh import pace, wait_for_ticks
 from llmkern.workload.load import stored_tensors
 
@@ -67,7 +67,7 @@ class Keeper(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if computes(func):
+        if computes(func) or may_copy(func):
             signature = signature_of(func, args, kwargs)
             if signature in self._wanted:
                 self._keep(signature, func, args, kwargs)

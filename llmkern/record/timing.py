@@ -1,4 +1,8 @@
-"""Pass *time*: the timeline of every kernel, copy and host launch, with ranges down to the layers."""
+"""Passes *calls* and *time*: the timeline of every kernel and copy, with ranges down to the layers.
+
+Pass *calls* records one generation with the host calls behind it, which is what a gap's cause is read from. They cost
+the launching thread about as much as the kernels' records do, so pass *time*, from which times are taken, goes without.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +23,25 @@ def record_timeline(
     meters: list[EnergyMeter],
     writer: RunWriter,
     *,
+    pass_name: str,
     new_tokens: int,
     repeats: int,
     advance: Callable[[], None],
 ) -> dict[str, Any]:
     """Record *repeats* generations of *new_tokens* tokens and return what the recorder says of itself.
 
-    Raises DeviceError when another profiler holds the device.
+    Host calls are recorded in pass ``calls`` only. Raises DeviceError when another profiler holds the device.
     """
     recorder = device.recorder()
-    recorder.start()
+    recorder.start(host_calls=pass_name == "calls")
     try:
         # The first launches under a new recorder are slow (instrumentation, lazy loading): run and forget them.
         generation(min(2, new_tokens))
         device.synchronize()
         recorder.discard()
         annotator.drain()
-        with Pump(writer, [lambda: flushed(recorder), lambda: ranges(annotator, "time"), *_readings(meters)]) as pump:
+        sources = [lambda: flushed(recorder, pass_name), lambda: ranges(annotator, pass_name)]
+        with Pump(writer, [*sources, *(meter.drain for meter in meters)]) as pump:
             with generation.layers_annotated():
                 for repeat in range(repeats):
                     annotator.repeat = repeat
@@ -50,19 +56,15 @@ def record_timeline(
     return recorder.facts()
 
 
-def flushed(recorder: KernelRecorder) -> dict[str, Mapping[str, Any]]:
-    """Return what *recorder* has as rows of pass ``time``; a buffer that is not full comes with a later call.
+def flushed(recorder: KernelRecorder, pass_name: str) -> dict[str, Mapping[str, Any]]:
+    """Return what *recorder* has as rows of pass *pass_name*; a buffer that is not full comes with a later call.
 
     To force it out would lose the times of kernels that still run. A buffer holds some 4,800 kernels, under a second of
     any run that launches eagerly.
     """
     recorder.flush()
-    return {table: {"pass": "time", **rows} for table, rows in recorder.drain().items()}
+    return {table: {"pass": pass_name, **rows} for table, rows in recorder.drain().items()}
 
 
 def ranges(annotator: Annotator, pass_name: str) -> dict[str, Mapping[str, Any]]:
     return {"ranges": columns(annotator.drain(), pass_name)}
-
-
-def _readings(meters: list[EnergyMeter]) -> list[Callable[[], Mapping[str, Mapping[str, Any]]]]:
-    return [meter.drain for meter in meters]
