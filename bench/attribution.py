@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 
 from bench.result import case, metric, write
+from llmkern.attribute.attribution import attribute
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
-from llmkern.attribute.equal_power import attribute
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.identify import identify
 from llmkern.attribute.replayed import account_replays

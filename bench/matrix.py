@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.result import RESULTS, case, metric, slug, write
-from llmkern.attribute.equal_power import Attribution, attribute
+from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.estimate import ratio
 from llmkern.run import RunFolder
 
@@ -44,7 +44,7 @@ def main() -> None:
         folder = arguments.runs / f"{arguments.model}-{name.replace(' ', '-')}"
         command = [
             *(sys.executable, "-m", "llmkern.trace", "--model", arguments.model, *CONFIGURATIONS[name]),
-            *("--out", str(folder), "--force", *arguments.rest),
+            *("--out", str(folder), "--force", "--quick", *arguments.rest),
         ]
         started_s = time.monotonic()
         with open(folder.with_suffix(".txt"), "w") as report:

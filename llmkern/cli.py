@@ -74,10 +74,8 @@ def cli() -> None:
     show_default=True,
     help="int8: activations above it take the fp16 path; 0 switches that path off.",
 )
-@click.option("--inspect", is_flag=True, help="Find the operator, module and layer behind each kernel as well.")
-# Hidden until it has been held against planted work on a GPU.
-@click.option("--replay", is_flag=True, hidden=True, help="Measure what each operator adds by itself.")
-@click.option("--no-cache", is_flag=True, hidden=True, help="Replay anew what was replayed on this board before.")
+@click.option("--quick", is_flag=True, help="Leave out the replays: kernels of equal duration then get equal energy.")
+@click.option("--no-cache", is_flag=True, help="Replay anew what was replayed on this board before.")
 @click.option("--estimate-ram", is_flag=True, help="Add a documented estimate of the host RAM's energy.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/DATE-MODEL-PRECISION]"

@@ -116,7 +116,7 @@ TABLES: dict[str, pa.Schema] = {
             # Filled where the window was measured in an earlier run on this board.
             ("seconds", pa.float64()),
             ("dynamic_j", pa.float64()),
-            ("capped", pa.bool_()),
+            ("floor_w", pa.float64()),
         ]
     ),
     "power": pa.schema(

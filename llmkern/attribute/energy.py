@@ -11,13 +11,14 @@ from scipy import stats
 
 from llmkern.attribute.estimate import Estimate
 
-# Leakage follows temperature at about this rate on an H100 (measured 0.7-0.8 W/°C); used only as doubt, where the
-# floor windows span too few degrees to measure the slope on this board.
-DOUBT_W_PER_C = 0.75
+# Leakage follows temperature: 0.7-0.8 W/°C measured on an H100. It is what is assumed, with this doubt (one sigma),
+# until the floor windows of this board span enough degrees to say better.
+SLOPE_W_PER_C = 0.75
+SLOPE_SIGMA = 0.25
 # After the last kernel the regulators and the sensor need a moment to come to rest.
 SETTLE_S = 0.3
-# A line through fewer degrees would be a line through noise.
-LEAST_SPREAD_C = 3.0
+# Half-second means of an idle board are not closer to a line than this, however well a few of them agree.
+LEAST_SIGMA_W = 0.2
 
 
 class EnergyCurve:
@@ -55,34 +56,34 @@ class EnergyCurve:
 class Floor:
     """Active-idle power of this board with its context alive, as a line over temperature.
 
-    *reference_w* holds at *reference_c*; without temperatures the slope is None and the power one mean.
+    *reference_w* holds at *reference_c* to *level_sigma_w* (one sigma, *samples* - 1 degrees of freedom); without
+    temperatures it is one mean and *reference_c* is None.
     """
 
     reference_w: float
     reference_c: float | None
-    slope_w_per_c: float | None
-    residual_w: float
+    level_sigma_w: float
+    slope_w_per_c: float
+    slope_sigma: float
     samples: int
-    spread_c2: float
     lowest_c: float | None
     highest_c: float | None
 
-    def at(self, temperature_c: float | None) -> Estimate:
-        """Return the floor in W at *temperature_c* with its 95 % interval.
+    @property
+    def slope_is_measured(self) -> bool:
+        """Whether the slope rests on this board more than on what is assumed of any."""
+        return self.slope_sigma < SLOPE_SIGMA / 2
 
-        The interval is that of a regression line's mean; away from the reference without a measured slope it grows
-        by DOUBT_W_PER_C per degree.
-        """
-        t = float(stats.t.ppf(0.975, max(1, self.samples - 2)))
-        half = t * self.residual_w / math.sqrt(max(1, self.samples))
-        watts = self.reference_w
-        if temperature_c is not None and self.reference_c is not None:
-            distance = temperature_c - self.reference_c
-            if self.slope_w_per_c is not None:
-                watts += self.slope_w_per_c * distance
-                half = math.hypot(half, t * self.residual_w * abs(distance) / math.sqrt(self.spread_c2))
-            else:
-                half = math.hypot(half, DOUBT_W_PER_C * abs(distance))
+    def degrees(self, temperature_c: float | None) -> float:
+        """Return by how many °C *temperature_c* is above the reference, 0 where either is not known."""
+        return 0.0 if temperature_c is None or self.reference_c is None else temperature_c - self.reference_c
+
+    def at(self, temperature_c: float | None) -> Estimate:
+        """Return the floor in W at *temperature_c* with its 95 % interval: of the mean, and of the slope beyond it."""
+        distance = self.degrees(temperature_c)
+        watts = self.reference_w + self.slope_w_per_c * distance
+        t = float(stats.t.ppf(0.975, max(1, self.samples - 1)))
+        half = math.hypot(t * self.level_sigma_w, 1.96 * self.slope_sigma * distance)
         return Estimate(watts, watts - half, watts + half, self.samples)
 
 
@@ -104,17 +105,32 @@ def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFr
     if not watts:
         return None
     power = np.asarray(watts)
+    count = len(power)
     if any(d is None for d in degrees):
-        return Floor(float(power.mean()), None, None, _spread(power), len(power), 0.0, None, None)
+        sigma_w = max(_spread(power), LEAST_SIGMA_W)
+        return Floor(float(power.mean()), None, sigma_w / math.sqrt(count), 0.0, 0.0, count, None, None)
     celsius = np.asarray(degrees, float)
-    mean_c, spread_c2 = float(celsius.mean()), float(((celsius - celsius.mean()) ** 2).sum())
-    lowest, highest = float(celsius.min()), float(celsius.max())
-    if highest - lowest >= LEAST_SPREAD_C and len(power) >= 5:
-        slope, _ = np.polyfit(celsius - mean_c, power, 1)
-        residual = power - power.mean() - slope * (celsius - mean_c)
-        deviation = float(math.sqrt((residual**2).sum() / (len(power) - 2)))
-        return Floor(float(power.mean()), mean_c, float(slope), deviation, len(power), spread_c2, lowest, highest)
-    return Floor(float(power.mean()), mean_c, None, _spread(power), len(power), spread_c2, lowest, highest)
+    distance = celsius - celsius.mean()
+    spread_c2 = float((distance**2).sum())
+    slope, sigma_w = SLOPE_W_PER_C, max(_spread(power), LEAST_SIGMA_W)
+    # The mean of what is assumed and what is measured, by their precisions; twice, because the scatter about the line
+    # is known only once there is one.
+    for _ in range(2):
+        assumed, measured = 1 / SLOPE_SIGMA**2, spread_c2 / sigma_w**2
+        along = float((distance * power).sum()) / sigma_w**2
+        slope = (along + assumed * SLOPE_W_PER_C) / (assumed + measured)
+        residual = power - power.mean() - slope * distance
+        sigma_w = max(math.sqrt(float((residual**2).sum()) / max(1, count - 2)), LEAST_SIGMA_W)
+    return Floor(
+        float(power.mean()),
+        float(celsius.mean()),
+        sigma_w / math.sqrt(count),
+        slope,
+        1 / math.sqrt(assumed + spread_c2 / sigma_w**2),
+        count,
+        float(celsius.min()),
+        float(celsius.max()),
+    )
 
 
 def _spread(values: np.ndarray) -> float:

@@ -58,6 +58,8 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     None when the run has no complete round of windows.
     """
     ranges = run.table("ranges")
+    # The board rested before and after this pass, and once more after the replays, when it was warmer.
+    idle = ranges[ranges["category"] == "idle"]
     ranges = ranges[ranges["pass"] == "weigh"]
     power = run.table("power")
     if device is not None:
@@ -69,7 +71,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     if windows.empty or generations.empty:
         return None
     mean_c = mean_temperature(temperature, windows)
-    floor = measure_floor(curve, ranges[ranges["category"] == "idle"], temperature) if curve is not None else None
+    floor = measure_floor(curve, idle, temperature) if curve is not None else None
     measured = _measure_windows(windows, generations, curve, floor, mean_c)
     books = _books(measured, curve, floor, mean_c, power)
     longest = ranges["new_tokens"].max()

@@ -26,8 +26,7 @@ class TraceOptions:
     outliers: int = 6
     double_quant: bool = False
     int8_threshold: float = 6.0
-    inspect: bool = False
-    replay: bool = False
+    quick: bool = False
     no_cache: bool = False
     estimate_ram: bool = False
     out: Path | None = None

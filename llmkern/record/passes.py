@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from llmkern.attribute.attribution import attribute
 from llmkern.attribute.replayed import worth_replaying
 from llmkern.progress import Stages
 from llmkern.record import environment, replay_cache
@@ -67,10 +68,9 @@ def record_passes(
                     )
                 )
         writer.write_facts(recorder=_together(facts), sensors={meter.name: meter.facts() for meter in meters})
-        if options.inspect or options.replay:
-            with stages.stage("Inspecting"):
-                writer.write_facts(inspected=inspect(device, generation, model, annotator, writer))
-        if options.replay and meters:
+        with stages.stage("Inspecting"):
+            writer.write_facts(inspected=inspect(device, generation, model, annotator, writer))
+        if meters and not options.quick:
             key = None if options.no_cache else replay_cache.cache_key(writer.facts["device"], environment.versions())
             _replay(device, generation, model, annotator, meters, writer, stages, key)
 
@@ -115,7 +115,8 @@ def _replay(
     stages: Stages,
     key: str | None,
 ) -> None:
-    wanted = worth_replaying(RunFolder(writer.path), int(device.facts()["index"]))
+    found = attribute(RunFolder(writer.path), equal_power=True)
+    wanted = worth_replaying(found.kernels, found.timeline, list(found.accounts))
     if key is not None:
         known = replay_cache.load(key)
         known = known[known["signature"].isin(wanted)]
@@ -137,4 +138,6 @@ def _replay(
         for window in replay(device, cases, annotator, meters, advance):
             pump.check()
             row = {name: [value] for name, value in asdict(window).items()}
-            writer.append("replays", {**row, "seconds": None, "dynamic_j": None, "capped": None})
+            writer.append("replays", {**row, "seconds": None, "dynamic_j": None, "floor_w": None})
+        # Warmer than before: this is where the floor's slope over temperature comes from.
+        idle(annotator, meters)

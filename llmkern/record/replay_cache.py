@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-COLUMNS = ["key", "signature", "duty", "launches", "seconds", "dynamic_j", "capped"]
+COLUMNS = ["key", "signature", "duty", "launches", "seconds", "dynamic_j", "floor_w"]
 
 
 def cache_file() -> Path:

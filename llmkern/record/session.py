@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.attribution import attribute
 from llmkern.attribute.replayed import to_cache
 from llmkern.errors import LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
@@ -69,10 +69,11 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
         _record(options, spec, prompts, device, writer, stages)
         with stages.stage("Merging the segments", len(TABLES)) as advance:
             writer.finish(advance, elapsed_s=round(time.monotonic() - started_s, 3))
-        if options.replay and not options.no_cache:
+        if not options.quick and not options.no_cache:
             run = RunFolder(folder)
+            found = attribute(run, equal_power=True)
             key = replay_cache.cache_key(run.facts["device"], run.facts["versions"])
-            replay_cache.store(key, to_cache(run, attribute(run)))
+            replay_cache.store(key, to_cache(run, found.weighed, (found.sensor, found.device)))
     except LlmkernError as error:
         _record_failure(writer, str(error))
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmkern.attribute.equal_power import Attribution
+from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.identify import Identified
 from llmkern.run import RunFolder
 
@@ -22,7 +22,7 @@ _THROTTLE = {
 }
 
 
-def doubts(run: RunFolder, attribution: Attribution, identified: Identified | None = None) -> list[str]:
+def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
     """Return one sentence per thing that limits what the report may claim."""
     facts = run.facts
     return [
@@ -31,7 +31,8 @@ def doubts(run: RunFolder, attribution: Attribution, identified: Identified | No
         *_energy(run, attribution),
         *_recorder(facts, attribution),
         *_agreement(attribution),
-        *_operators(identified),
+        *_operators(attribution.identified),
+        *_groups(attribution),
         *_throttling(run),
     ]
 
@@ -58,10 +59,12 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     if any(p.energy_j is None for p in weighed.phases.values()):
         where = "RAPL" if run.facts["device"]["kind"] == "cpu" else "NVML"
         return [f"There is no energy: {where} gave no counter on this machine ('llmkern doctor' says why); time only."]
-    found = [
-        "Kernels are given equal power here: energy by duration, so that a light kernel counts too much and a heavy "
-        "one too little."
-    ]
+    found = []
+    if attribution.marginals is None:
+        found.append(
+            "Kernels are given equal power here: energy by duration, so that a light kernel counts too much and a "
+            "heavy one too little; without --quick operators are replayed to tell them apart."
+        )
     rounds = sum(energy_j == energy_j for energy_j in next(iter(weighed.phases.values())).energy_samples_j)
     if rounds < 3:
         found.append(f"{rounds} round(s) of windows give no useful interval: use --repeats 10.")
@@ -128,6 +131,17 @@ def _operators(identified: Identified | None) -> list[str]:
     return [
         f"{len(identified.mismatches)} traced steps differ from those inspected, the first at kernel {first.position} "
         f"of {where}; the operators of {1 - identified.share:.1%} of the kernels are not identified."
+    ]
+
+
+def _groups(attribution: Attribution) -> list[str]:
+    marginals = attribution.marginals
+    if marginals is None or not marginals.groups:
+        return []
+    largest = max(marginals.groups, key=len)
+    return [
+        f"{sum(map(len, marginals.groups))} operators that were not replayed form {len(marginals.groups)} group(s), "
+        f"the largest of {len(largest)}: the data cannot separate them; each got a share by its bytes and FLOPs."
     ]
 
 

@@ -10,11 +10,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmkern.attribute.by_operator import by_operator
-from llmkern.attribute.equal_power import Attribution, PhaseAccount, attribute
+from llmkern.attribute.account import PhaseAccount
+from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.estimate import Estimate
-from llmkern.attribute.identify import identify
-from llmkern.attribute.replayed import Replays, account_replays
 from llmkern.report.doubts import doubts
 from llmkern.report.text import count, gap_name, quantity, short_name, with_interval
 from llmkern.run import RunFolder, write_table
@@ -28,10 +26,7 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
     attribution = attribute(run)
     if run.complete:
         write_table(run.path, "attribution", {c: attribution.frame[c] for c in attribution.frame.columns})
-    identified = None
-    if run.has("ops"):
-        identified = identify(run, attribution.timeline, int(run.facts["device"]["index"]))
-    uncertain = doubts(run, attribution, identified)
+    uncertain = doubts(run, attribution)
     console.print()
     for heading in _heading(run.facts):
         console.print(heading, highlight=False)
@@ -45,16 +40,12 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
             console.print(_top(attribution, account, "kernels", top))
             console.print()
             console.print(_top(attribution, account, "gaps", top))
-            if identified is not None:
+            if attribution.identified is not None:
                 console.print()
-                console.print(_operators(account, by_operator(run, attribution, account, identified), top))
+                console.print(_operators(account, attribution.operators(account.phase), top))
     elif attribution.weighed is not None:
         console.print("The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:")
         console.print(_weighed_table(attribution))
-    replays = account_replays(run, attribution, identified) if identified is not None else None
-    if replays is not None:
-        console.print()
-        console.print(_marginals(attribution, replays, top))
     console.print()
     console.print(Text("Books and sensors", style="bold"))
     for line in _books(run, attribution):
@@ -153,18 +144,16 @@ def _weighed_table(attribution: Attribution) -> Table:
 def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -> Table:
     rows = attribution.frame[attribution.frame["phase"] == account.phase]
     rows = rows[(rows["kind"] == "gap") == (what == "gaps")]
-    rows = rows[rows["kind"] != "residual"].sort_values("duration_ns", ascending=False)
+    rows = _sorted(rows[rows["kind"] != "residual"], account)
     title = f"Top {what} of {account.phase}, per {account.unit}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     table.add_column("kernel" if what == "kernels" else "between", ratio=1, no_wrap=True, overflow="ellipsis")
     for column in ("count", "each", "time", "energy", "share"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=8 if column != "share" else 6)
+        table.add_column(column, justify="right", no_wrap=True)
     if rows.empty:
         table.add_row("none", "", "", "", "", "")
         return table
-    by_energy = account.weight.energy_j is not None
-    whole = account.weight.energy_j.value if account.weight.energy_j else account.weight.latency_s.value * 1e9
-    records = rows.head(top)[["name", "launches", "duration_ns", "energy_j"]].to_dict("records")
+    records = rows.head(top).to_dict("records")
     rest = rows.iloc[top:]
     for record in records:
         before, arrow, after = str(record["name"]).partition(" → ")
@@ -173,15 +162,9 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
         sums = rest[["launches", "duration_ns", "energy_j"]].sum(min_count=1).to_dict()
         records.append({"name": f"{len(rest)} others", **sums})
     for record in records:
-        launches, duration_ns, energy_j = (float(record[k]) for k in ("launches", "duration_ns", "energy_j"))
-        table.add_row(
-            str(record["name"]),
-            count(launches),
-            quantity(duration_ns / 1e9 / launches, "s") if launches else "–",
-            quantity(duration_ns / 1e9, "s"),
-            quantity(energy_j, "J"),
-            f"{(energy_j if by_energy else duration_ns) / whole:.1%}",
-        )
+        launches, duration_ns = float(record["launches"]), float(record["duration_ns"])
+        each = quantity(duration_ns / 1e9 / launches, "s") if launches else "–"
+        table.add_row(str(record["name"]), count(launches), each, *_time_and_energy(record, account))
     return table
 
 
@@ -191,45 +174,25 @@ def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
     table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("module", ratio=1, no_wrap=True, overflow="ellipsis")
     for column in ("kernels", "time", "energy", "share"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=8 if column != "share" else 6)
-    energy = account.weight.energy_j
-    whole = energy.value if energy is not None else account.weight.latency_s.value * 1e9
-    for row in rows.head(top).to_dict("records"):
-        part = row["energy_j"] if energy is not None else row["duration_ns"]
-        table.add_row(
-            str(row["op"]).removesuffix(".default"),
-            str(row["module"]),
-            count(float(row["kernels"])),
-            quantity(float(row["duration_ns"]) / 1e9, "s"),
-            quantity(float(row["energy_j"]), "J"),
-            f"{part / whole:.1%}",
-        )
-    return table
-
-
-def _marginals(attribution: Attribution, replays: Replays, top: int) -> Table:
-    title = "By marginal joules (replay), per unit of each phase"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
-    table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
-    for column in ("launches", "time", "energy", "by duration"):
         table.add_column(column, justify="right", no_wrap=True)
-    for phase, account in replays.phases.items():
-        equal = attribution.accounts[phase]
-        whole = equal.kernel_j.value if equal.kernel_j is not None else 0.0
-        time_ns = max(float(account.by_signature["duration_ns"].sum()), 1.0)
-        table.add_row(f"[bold]{phase}, per {account.unit}[/]", "", "", with_interval(account.kernel_j, "J"), "")
-        for row in account.by_signature.head(top).to_dict("records"):
-            estimate = Estimate(float(row["energy_j"]), float(row["low_j"]), float(row["high_j"]))
-            table.add_row(
-                f"  {row['signature']}",
-                count(float(row["launches"])),
-                quantity(float(row["duration_ns"]) / 1e9, "s"),
-                with_interval(estimate, "J"),
-                quantity(whole * float(row["duration_ns"]) / time_ns, "J"),
-            )
-        table.add_row("  gaps at the floor", "", "", quantity(account.gap_j, "J"), "")
-        table.add_row("  residual", "", "", quantity(account.residual_j, "J"), "")
+    for row in _sorted(rows, account).head(top).to_dict("records"):
+        name = str(row["op"]).removesuffix(".default")
+        table.add_row(name, str(row["module"]), count(float(row["launches"])), *_time_and_energy(row, account))
     return table
+
+
+def _sorted(rows: pd.DataFrame, account: PhaseAccount) -> pd.DataFrame:
+    return rows.sort_values("energy_j" if account.joules is not None else "duration_ns", ascending=False)
+
+
+def _time_and_energy(record: dict[Any, Any], account: PhaseAccount) -> tuple[str, str, str]:
+    """Return time, energy with its interval where it has one, and the share of the phase's energy or else time."""
+    duration_ns, energy_j = float(record["duration_ns"]), float(record["energy_j"])
+    low, high = float(record.get("low_j", "nan")), float(record.get("high_j", "nan"))
+    text = quantity(energy_j, "J") if low != low else with_interval(Estimate(energy_j, low, high), "J")
+    whole = account.weight.energy_j.value if account.weight.energy_j else account.weight.latency_s.value * 1e9
+    part = energy_j if account.weight.energy_j else duration_ns
+    return quantity(duration_ns / 1e9, "s"), text, f"{part / whole:.1%}"
 
 
 def _books(run: RunFolder, attribution: Attribution) -> list[str]:
@@ -250,8 +213,8 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
             late = "" if weighed.sample_lag_ms is None else f" and come {weighed.sample_lag_ms:.0f} ms late"
             lines.append(f"The driver's power samples integrate to {apart:+.2%} of the counter{late}.")
         if weighed.floor is not None and weighed.temperature_c is not None:
-            slope = weighed.floor.slope_w_per_c
-            slope_text = f", slope {slope:.2f} W/°C measured" if slope is not None else ""
+            slope = f"{weighed.floor.slope_w_per_c:.2f} W/°C"
+            slope_text = f", {slope} measured" if weighed.floor.slope_is_measured else f", {slope} mostly assumed"
             lines.append(
                 f"Idle floor {with_interval(weighed.floor.at(weighed.temperature_c), 'W')} at the run's "
                 f"{weighed.temperature_c:.0f} °C, from {weighed.floor.samples} idle samples{slope_text}."
@@ -263,6 +226,7 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
         if decode.energy_by_ranges_j is not None and decode.energy_j is not None:
             text += f", energy {decode.energy_by_ranges_j.value / decode.energy_j.value - 1:+.2%}"
         lines.append(text + ".")
+    lines += _replays(attribution)
     cost = run.facts.get("own_cost")
     if cost:
         share = (cost["pump_s"] + cost["sensors_s"]) / cost["wall_s"]
@@ -280,3 +244,18 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
     if run.facts.get("elapsed_s"):
         lines.append(f"From command to run folder: {run.facts['elapsed_s']:.0f} s.")
     return lines
+
+
+def _replays(attribution: Attribution) -> list[str]:
+    marginals = attribution.marginals
+    if marginals is None:
+        return []
+    replayed = [n for n, p in zip(marginals.regimes.names, marginals.regimes.powers_w, strict=True) if p is not None]
+    parts = []
+    for phase, account in attribution.accounts.items():
+        steps = attribution.kernels[attribution.kernels["phase"] == phase]
+        share = float(steps.loc[steps["signature"].isin(replayed), "duration_ns"].sum() / steps["duration_ns"].sum())
+        energy, residual_j = account.weight.energy_j, account.residual_j
+        if energy is not None and residual_j is not None:
+            parts.append(f"{phase} {share:.0%} of the kernels' time, residual {residual_j / energy.value:+.1%}")
+    return [f"Replayed alone: {len(replayed)} operators; {'; '.join(parts)}."]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.attribution import attribute
 from llmkern.attribute.timeline import build_timeline
 from llmkern.attribute.weighed import weigh_phases
 from tests.synthetic import synthetic_run

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.attribute.marginal import Features, Marginals, Window, estimate_marginals
+from llmkern.attribute.estimate import Estimate
+from llmkern.attribute.marginal import Features, FloorDoubt, Marginals, Window, estimate_marginals
 
 FLOOR_W = 121.0
 # Seconds, bytes, FLOPs and J per launch above the floor; the two norms always run together.
@@ -46,16 +47,20 @@ def measured(seed: int = 0, noise_j: float = 0.4, floor_error_w: float = 0.0) ->
     return [Window(w.name, w.energy_j, w.seconds, w.floor_w + floor_error_w, w.launches, w.source) for w in windows]
 
 
+def joule(found: Marginals, name: str, mean_w: float = 250.0) -> Estimate:
+    return found.per_launch(name, mean_w)
+
+
 def test_what_was_replayed_is_found_to_a_few_percent() -> None:
-    found = estimate_marginals(measured(), FEATURES, floor_sigma_w=0.3)
+    found = estimate_marginals(measured(), FEATURES, doubt=FloorDoubt(0.3))
     for name, share in (("gemv", 0.02), ("gemm", 0.02), ("reduce", 0.05)):
-        assert found.energy_j[name].value == pytest.approx(TRUTH[name], rel=share)
+        assert joule(found, name).value == pytest.approx(TRUTH[name], rel=share)
 
 
 def test_equal_power_would_be_far_off() -> None:
     # The very reason for marginals: by duration a cast would cost as much per second as the GEMV.
     found = estimate_marginals(measured(), FEATURES)
-    power = {n: found.energy_j[n].value / BOARD[n][0] for n in ("cast", "gemv")}
+    power = {n: joule(found, n).value / BOARD[n][0] for n in ("cast", "gemv")}
     assert power["gemv"] > 10 * power["cast"]
 
 
@@ -64,10 +69,10 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     for seed in range(30):
         random = np.random.default_rng(1000 + seed)
         found = estimate_marginals(
-            measured(seed, floor_error_w=random.normal(0, 0.4)), FEATURES, floor_sigma_w=0.4, seed=seed
+            measured(seed, floor_error_w=random.normal(0, 0.4)), FEATURES, doubt=FloorDoubt(0.4), seed=seed
         )
         for name in ("cast", "gemv", "gemm", "reduce"):
-            estimate = found.energy_j[name]
+            estimate = joule(found, name)
             assert estimate.low is not None
             assert estimate.high is not None
             held += estimate.low <= TRUTH[name] <= estimate.high
@@ -80,18 +85,18 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
 def test_what_cannot_be_told_apart_is_a_group_with_a_wide_interval() -> None:
     found = estimate_marginals(measured(), FEATURES)
     assert found.groups == [("norm a", "norm b")]
-    together = sum(found.energy_j[n].value for n in ("norm a", "norm b"))
+    together = sum(joule(found, n).value for n in ("norm a", "norm b"))
     assert together >= 0
     for name in ("norm a", "norm b"):
-        half = found.energy_j[name].half_width
+        half = joule(found, name).half_width
         assert half is not None
-        assert half > 0.3 * found.energy_j[name].value
+        assert half > 0.3 * joule(found, name).value
 
 
 def test_a_model_that_does_not_fit_widens_the_intervals() -> None:
     good = estimate_marginals(measured(noise_j=0.4), FEATURES)
     bad = estimate_marginals(measured(noise_j=8.0), FEATURES)
-    assert bad.energy_j["gemv"].half_width > 2 * good.energy_j["gemv"].half_width  # type: ignore[operator]
+    assert joule(bad, "gemv").half_width > 2 * joule(good, "gemv").half_width  # type: ignore[operator]
     assert max(map(abs, bad.residuals_j.values())) > 2
 
 
@@ -99,11 +104,13 @@ def test_order_does_not_matter() -> None:
     windows = measured()
     one = estimate_marginals(windows, FEATURES)
     other = estimate_marginals(windows[::-1], dict(reversed(FEATURES.items())))
-    assert one == other
+    assert one.regimes == other.regimes
+    np.testing.assert_array_equal(one.values_j, other.values_j)
+    np.testing.assert_array_equal(one.draws_j, other.draws_j)
 
 
-def total(found: Marginals, launches: dict[str, float]) -> float:
-    return sum(found.energy_j[n].value * k for n, k in launches.items())
+def total(found: Marginals, launches: dict[str, float], mean_w: float) -> float:
+    return float(found.row(launches, mean_w) @ found.values_j)
 
 
 def test_splitting_a_window_changes_nothing_much() -> None:
@@ -122,7 +129,7 @@ def test_splitting_a_window_changes_nothing_much() -> None:
     one = estimate_marginals(windows, FEATURES)
     two = estimate_marginals([*halves, *windows[1:]], FEATURES)
     for name in TRUTH:
-        assert two.energy_j[name].value == pytest.approx(one.energy_j[name].value, rel=0.02, abs=1e-7)
+        assert joule(two, name).value == pytest.approx(joule(one, name).value, rel=0.02, abs=1e-7)
 
 
 @settings(max_examples=40, deadline=None)
@@ -144,14 +151,43 @@ def test_energies_are_never_negative_and_the_books_close(
         energy_j = floor_w * 2.0 + sum(launches[n] * e for n, e in zip(names, truths, strict=True))
         windows.append(Window(f"w{i}", energy_j + random.normal(0, noise_j), 2.0, floor_w, launches))
     found = estimate_marginals(windows, features)
-    for estimate in found.energy_j.values():
+    for name in found.regimes.names:
+        estimate = joule(found, name)
         assert estimate.value >= 0
         assert estimate.low is not None
         assert estimate.high is not None
         assert 0 <= estimate.low <= estimate.value <= estimate.high
     for w in windows:
-        modelled = w.floor_w * w.seconds + total(found, dict(w.launches))
+        modelled = w.floor_w * w.seconds + total(found, dict(w.launches), w.mean_w)
         assert modelled + found.residuals_j[w.name] == pytest.approx(w.energy_j, rel=1e-9)
+
+
+def test_a_phase_takes_the_joules_of_its_own_regime() -> None:
+    # GIVEN a GEMM that costs 155 mJ below the power cap and 123 mJ at it
+    def replay(name: str, duty: float, joules: float) -> Window:
+        launches = duty * 2.0 / BOARD["gemm"][0]
+        return Window(name, FLOOR_W * 2.0 + launches * joules, 2.0, FLOOR_W, {"gemm": launches})
+
+    below, above = replay("a", 0.4, 0.155), replay("b", 0.9, 0.123)
+    found = estimate_marginals([below, above], FEATURES)
+    assert joule(found, "gemm", 200.0).value == pytest.approx(0.155, rel=0.01)
+    assert joule(found, "gemm", below.mean_w).value == pytest.approx(0.155, rel=0.01)
+    assert joule(found, "gemm", (below.mean_w + above.mean_w) / 2).value == pytest.approx(0.139, rel=0.01)
+    assert joule(found, "gemm", 800.0).value == pytest.approx(0.123, rel=0.01)
+    # AND a run at the cap is explained by what it costs there
+    run = Window("run", FLOOR_W * 2.0 + 9900 * 0.123, 2.0, FLOOR_W, {"gemm": 9900.0}, "run")
+    assert abs(estimate_marginals([below, above, run], FEATURES).residuals_j["run"]) < 0.01 * run.energy_j
+
+
+def test_windows_of_one_regime_are_pooled() -> None:
+    found = estimate_marginals(measured(), FEATURES)
+    powers = dict(zip(found.regimes.names, found.regimes.powers_w, strict=True))
+    # A cast draws so little that duty makes no regime; what was never replayed has none.
+    assert len(powers["cast"] or ()) == 1
+    assert len(powers["gemv"] or ()) == 2
+    assert powers["norm a"] is None
+    with pytest.raises(ValueError, match="mystery"):
+        found.per_launch("mystery", 100.0)
 
 
 def test_nothing_to_estimate_from_is_an_error() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.result import RESULTS
-from llmkern.attribute.equal_power import Attribution, attribute
+from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.run import RunFolder
 
 RUN = Path(__file__).parents[1] / "data" / "h100-qwen-7b-bf16"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.attribution import attribute
 from llmkern.errors import OutOfMemoryError
 from llmkern.progress import Stages
 from llmkern.record import session

@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch.nn.modules import module as module_hooks
 
-from llmkern.attribute.by_operator import by_operator
-from llmkern.attribute.equal_power import attribute
-from llmkern.attribute.identify import identify
+from llmkern.attribute.attribution import attribute
 from llmkern.progress import Stages
 from llmkern.record import session
 from llmkern.record.inspection import Inspector, OpCall
@@ -94,16 +92,16 @@ def test_a_run_knows_the_operator_of_every_kernel(tmp_path: Path, precision: str
         new_tokens=6,
         warmup=1,
         repeats=2,
-        inspect=True,
         out=tmp_path / "run",
     )
     run = RunFolder(session.trace(options, Stages(quiet=True)))
     attribution = attribute(run)
-    found = identify(run, attribution.timeline, 0)
+    found = attribution.identified
+    assert found is not None
     assert found.share > 0.999
     assert found.mismatches == []
-    rows: Any = by_operator(run, attribution, attribution.accounts["decode"], found)
+    rows: Any = attribution.operators("decode")
     products = rows[rows["module"] == "model.layers.*.mlp.down_proj"]
-    assert products["kernels"].sum() >= 4
-    assert rows["kernels"].sum() == pytest.approx(attribution.accounts["decode"].launches)
+    assert products["launches"].sum() >= 4
+    assert rows["launches"].sum() == pytest.approx(attribution.accounts["decode"].launches)
     assert "inspect" in set(run.table("kernels")["pass"])

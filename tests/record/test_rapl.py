@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkern.attribute.equal_power import attribute
-from llmkern.attribute.identify import identify
-from llmkern.attribute.replayed import account_replays
+from llmkern.attribute.attribution import attribute
 from llmkern.progress import Stages
 from llmkern.record import cpu, replay, replay_cache, session
 from llmkern.record.options import TraceOptions
@@ -155,14 +153,13 @@ def test_operators_get_their_marginal_joules_by_replay(
             new_tokens=12,
             warmup=1,
             repeats=2,
-            replay=True,
             out=tmp_path / "run",
         )
         run = RunFolder(session.trace(options, Stages(quiet=True)))
     finally:
         torch.set_num_threads(threads)
     attribution = attribute(run)
-    found = account_replays(run, attribution, identify(run, attribution.timeline, 0))
+    found = attribution.marginals
     assert found is not None
     # THEN an operator that was replayed costs its own CPU time times 100 W above the floor; on a machine that others
     # use as well it gets less of the CPU than of the clock
@@ -171,11 +168,12 @@ def test_operators_get_their_marginal_joules_by_replay(
     for name, windows in replays.groupby(replays["signature"].astype(str)):
         seconds = (windows["end_ns"] - windows["start_ns"]).mul(windows["duty"]).sum() / 1e9 / windows["launches"].sum()
         if "linear" in name:
-            assert 0.3 < found.marginals.energy_j[name].value / (100 * seconds) < 1.25, name
-    prefill = found.phases["prefill"]
-    energy = attribution.accounts["prefill"].weight.energy_j
-    assert energy is not None
-    assert prefill.kernel_j.value + prefill.gap_j + prefill.residual_j == pytest.approx(energy.value)
+            assert 0.3 < found.per_launch(str(name), 100.0).value / (100 * seconds) < 1.25, name
+    prefill = attribution.accounts["prefill"]
+    rows = attribution.frame[attribution.frame["phase"] == "prefill"]
+    assert prefill.joules is not None
+    assert prefill.joules.method == "marginal joules"
+    assert rows["energy_j"].sum() == pytest.approx(prefill.weight.energy_j.value)  # type: ignore[union-attr]
     # AND the next run on this board takes them from the cache, where they are the same joules
     key = replay_cache.cache_key(run.facts["device"], run.facts["versions"])
     cached = replay_cache.load(key)
@@ -184,4 +182,4 @@ def test_operators_get_their_marginal_joules_by_replay(
     for name, windows in cached.groupby("signature"):
         per_launch = windows["dynamic_j"].sum() / windows["launches"].sum()
         if "linear" in name:
-            assert per_launch == pytest.approx(found.marginals.energy_j[name].value, rel=0.3)
+            assert per_launch == pytest.approx(found.per_launch(str(name), 100.0).value, rel=0.3)

@@ -7,16 +7,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from llmkern.attribute.equal_power import attribute
-from llmkern.attribute.identify import identify
-from llmkern.attribute.replayed import account_replays, to_cache
+from llmkern.attribute.attribution import attribute
+from llmkern.attribute.replayed import to_cache
 from llmkern.record.replay_cache import cache_file, cache_key, load, store
 from llmkern.run import RunFolder
 from tests.board import OPS, Board
 
 WINDOWS = pd.DataFrame(
     {"signature": ["a", "a", "b"], "duty": [0.5, 0.9, 0.5], "launches": 10.0, "seconds": 2.0, "dynamic_j": 5.0}
-).assign(capped=False)
+).assign(floor_w=120.0)
 
 
 def test_what_was_stored_is_found_under_its_key_alone(tmp_path: Path) -> None:
@@ -64,7 +63,8 @@ def test_cached_windows_explain_a_run_as_fresh_ones_do(tmp_path: Path) -> None:
     first = Board()
     first.play()
     run = first.write(tmp_path / "first")
-    cached = to_cache(run, attribute(run))
+    first_found = attribute(run)
+    cached = to_cache(run, first_found.weighed, ("nvml_total", 0))
     assert len(cached) == 6
     # GIVEN a second run without replays of its own
     second = Board(seed=1, replayed=())
@@ -72,8 +72,8 @@ def test_cached_windows_explain_a_run_as_fresh_ones_do(tmp_path: Path) -> None:
     second.replays = cached.to_dict("records")
     later: RunFolder = second.write(tmp_path / "second")
     attribution = attribute(later)
-    found = account_replays(later, attribution, identify(later, attribution.timeline, 0))
-    assert found is not None
+    assert attribution.marginals is not None
     for name in ("gemv", "softmax"):
-        assert found.marginals.energy_j[name].value == pytest.approx(OPS[name].joule, rel=0.03)
-    assert to_cache(later, attribution).empty
+        found = attribution.marginals.per_launch(name, 300.0)
+        assert found.value == pytest.approx(OPS[name].joule, rel=0.03)
+    assert to_cache(later, attribution.weighed, ("nvml_total", 0)).empty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from llmkern.attribute.equal_power import attribute
+from llmkern.attribute.attribution import attribute
 from llmkern.attribute.identify import Identified, Mismatch
 from llmkern.report.doubts import doubts
 from llmkern.run import RunFolder, write_table
@@ -76,5 +77,5 @@ def test_steps_that_differ_from_those_inspected_are_told(tmp_path: Path) -> None
     op = np.zeros(len(attribution.timeline.kernels), int)
     op[:5] = -1
     found = Identified(op, [Mismatch("decode", 3, 17, 100, 5)])
-    (line,) = (x for x in doubts(run, attribution, found) if "inspected" in x)
+    (line,) = (x for x in doubts(run, replace(attribution, identified=found)) if "inspected" in x)
     assert "the first at kernel 17 of decode token 3" in line

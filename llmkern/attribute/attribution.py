@@ -1,0 +1,151 @@
+"""Where the joules of a run went: accounts per phase, and a row per kernel and per gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.account import PhaseAccount, account_phase
+from llmkern.attribute.identify import NONE, UNIDENTIFIED, Identified, identify
+from llmkern.attribute.joules import ENERGIES, summed, without_energy
+from llmkern.attribute.marginal import Marginals
+from llmkern.attribute.replayed import account_replays
+from llmkern.attribute.timeline import Timeline, build_timeline
+from llmkern.attribute.weighed import Weighed, weigh_phases
+from llmkern.run import TABLES, RunFolder
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
+
+    ``kernels`` are those of the timeline with the signature, op and module that launched them (UNIDENTIFIED and ""
+    where that is not known), ``marginals`` the joules per launch where operators were replayed.
+    """
+
+    accounts: dict[str, PhaseAccount]
+    frame: pd.DataFrame
+    weighed: Weighed | None
+    timeline: Timeline
+    kernels: pd.DataFrame
+    identified: Identified | None
+    marginals: Marginals | None
+    host: Weighed | None
+    sensor: str
+    device: int | None
+
+    def operators(self, phase: str) -> pd.DataFrame:
+        """Return op, module, launches (kernels), duration_ns and energies per unit of *phase*, the longest first.
+
+        The number of a layer is written as ``*``.
+        """
+        return _split(self.accounts[phase], _per_unit(self.kernels, self.timeline, phase), ["op", "module"])
+
+
+def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
+    """Return the attribution of *run*; an interrupted run gives what its passes allow.
+
+    Kernels have their marginal joules where operators were replayed, otherwise, or if asked for, equal power.
+    """
+    device = run.facts["device"]
+    index = int(device["index"])
+    timeline = build_timeline(run.table("kernels"), run.table("launches"), run.table("ranges"), index)
+    host = None
+    # RAPL counts packages, not the device that PyTorch names.
+    sensor, counted = ("nvml_total", index) if device["kind"] == "cuda" else ("rapl_package", None)
+    weighed = weigh_phases(run, sensor, counted)
+    if device["kind"] == "cuda" and (run.table("energy", ["sensor"])["sensor"] == "rapl_package").any():
+        host = weigh_phases(run, "rapl_package", None)
+    accounts = {}
+    if weighed is not None:
+        for phase, weight in weighed.phases.items():
+            account = account_phase(
+                weight, weighed.floor, weighed.temperature_c, timeline, device.get("power_limit_mw")
+            )
+            if account is not None:
+                accounts[phase] = account
+    identified = identify(run, timeline, index) if run.has("ops") else None
+    kernels = _described(run, timeline, identified)
+    marginals = None
+    if weighed is not None and not equal_power:
+        found = account_replays(run, weighed, accounts, timeline, kernels, (sensor, counted))
+        if found is not None:
+            marginals, joules = found
+            accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}
+    rows = [part for account in accounts.values() for part in _rows(account, timeline, kernels)]
+    frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
+    return Attribution(
+        accounts,
+        frame.assign(device=index),
+        weighed,
+        timeline,
+        kernels,
+        identified,
+        marginals,
+        host,
+        sensor,
+        counted,
+    )
+
+
+def _described(run: RunFolder, timeline: Timeline, identified: Identified | None) -> pd.DataFrame:
+    kernels = timeline.kernels.reset_index(drop=True)
+    duration_ns = (kernels["end_ns"] - kernels["start_ns"]).astype(float)
+    kernels = kernels.assign(duration_ns=duration_ns, launches=1.0)
+    if identified is None:
+        return kernels.assign(op_index=NONE, signature=UNIDENTIFIED, op=UNIDENTIFIED, module="")
+    ops = run.table("ops", ["op", "module", "signature"])
+    known = identified.op != NONE
+    # The layers of a model differ in nothing but their number.
+    modules = ops["module"].astype(object).fillna("").astype(str).str.replace(r"\.\d+(?=\.|$)", ".*", regex=True)
+    return kernels.assign(
+        op_index=identified.op,
+        signature=np.where(known, ops["signature"].astype(object).to_numpy()[identified.op], UNIDENTIFIED),
+        op=np.where(known, ops["op"].astype(object).to_numpy()[identified.op], UNIDENTIFIED),
+        module=np.where(known, modules.to_numpy()[identified.op], ""),
+    )
+
+
+def _per_unit(rows: pd.DataFrame, timeline: Timeline, phase: str) -> pd.DataFrame:
+    """Return the *rows* of *phase* with launches and duration_ns divided by how many units of it were traced."""
+    units = max(1, int(timeline.phases.loc[timeline.phases["phase"] == phase, "tokens"].sum()))
+    chosen = rows[rows["phase"] == phase]
+    return chosen.assign(launches=chosen["launches"] / units, duration_ns=chosen["duration_ns"] / units)
+
+
+def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    rows = rows.assign(**{key: rows[key].astype(object) for key in keys})
+    if account.joules is None:
+        return without_energy(rows, keys)
+    return account.joules.split(rows, keys)
+
+
+def _rows(account: PhaseAccount, timeline: Timeline, kernels: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the phase's kernels by name, its gaps by the kernels around them, and its residual, all per unit."""
+    by_name = _split(account, _per_unit(kernels, timeline, account.phase), ["kind", "name"])
+    gaps = timeline.gaps.assign(launches=1.0, kind="gap")
+    gaps["name"] = gaps["before"].astype(str) + " → " + gaps["after"].astype(str)
+    by_gap = summed(_per_unit(gaps, timeline, account.phase), ["kind", "name"])
+    # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
+    if by_gap["duration_ns"].sum() > 0:
+        by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
+    energies: dict[str, Any] = dict.fromkeys(ENERGIES, np.nan)
+    if account.gap_j is not None:
+        share = by_gap["duration_ns"] / max(float(by_gap["duration_ns"].sum()), 1.0)
+        energy_j, low, high = account.gap_j.value * share, account.gap_j.low, account.gap_j.high
+        energies = {
+            "floor_j": energy_j,
+            "dynamic_j": 0.0,
+            "energy_j": energy_j,
+            "low_j": np.nan if low is None else low * share,
+            "high_j": np.nan if high is None else high * share,
+        }
+    parts = [by_name, by_gap.assign(**energies)]
+    if account.residual_j is not None:
+        residual = {"kind": "residual", "name": "residual", "launches": 0.0, "duration_ns": 0.0, "floor_j": 0.0}
+        residual |= {"dynamic_j": account.residual_j, "energy_j": account.residual_j, "low_j": np.nan, "high_j": np.nan}
+        parts.append(pd.DataFrame([residual]))
+    return [part.assign(phase=account.phase, unit=account.unit) for part in parts]

@@ -1,0 +1,107 @@
+"""Splits the energy of a phase's kernels between them: by duration, or by what each operator adds (marginal joules)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.estimate import Estimate
+from llmkern.attribute.marginal import interval
+
+ENERGIES = ("floor_j", "dynamic_j", "energy_j", "low_j", "high_j")
+
+
+class KernelJoules(Protocol):
+    """The energy of the kernels of one phase, per unit of it."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def total(self) -> Estimate: ...
+
+    def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+        """Return *rows* (*keys*, signature, launches, duration_ns, per unit) summed over *keys*, with ENERGIES in J."""
+        ...
+
+
+def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
+    grouped = rows.groupby(list(keys), sort=False, dropna=False)[["launches", "duration_ns"]].sum().reset_index()
+    return grouped.sort_values("duration_ns", ascending=False, kind="stable", ignore_index=True)
+
+
+def without_energy(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    return summed(rows, keys).assign(**dict.fromkeys(ENERGIES, np.nan))
+
+
+@dataclass(frozen=True)
+class EqualPower:
+    """Every kernel draws the same power: *total* goes by duration. Streams that overlap share the floor they share."""
+
+    total: Estimate
+    floor_w: float
+    busy_s: float
+    method: str = "equal power"
+
+    def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+        frame = summed(rows, keys)
+        share = frame["duration_ns"] / max(float(frame["duration_ns"].sum()), 1.0)
+        energy_j = self.total.value * share
+        floor_j = self.floor_w * self.busy_s * share
+        low, high = self.total.low, self.total.high
+        return frame.assign(
+            floor_j=floor_j,
+            dynamic_j=energy_j - floor_j,
+            energy_j=energy_j,
+            low_j=np.nan if low is None else low * share,
+            high_j=np.nan if high is None else high * share,
+        )
+
+
+@dataclass(frozen=True)
+class MarginalJoules:
+    """Each operator has its own joules above the floor, as W while its kernels run.
+
+    *power_draws_w* are bootstrap draws of *power_w* [draws, signatures], *floor_draws_w* the floors that they assumed.
+    Kernels of one operator share its joules by duration.
+    """
+
+    signatures: tuple[str, ...]
+    power_w: np.ndarray
+    power_draws_w: np.ndarray
+    floor_w: float
+    floor_draws_w: np.ndarray
+    busy_s: float
+    duration_ns: np.ndarray
+    method: str = "marginal joules"
+
+    @property
+    def total(self) -> Estimate:
+        seconds = self.duration_ns / 1e9
+        value = self.floor_w * self.busy_s + float(self.power_w @ seconds)
+        return interval(value, self.floor_draws_w * self.busy_s + self.power_draws_w @ seconds)
+
+    def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+        frame = summed(rows, keys)
+        wide = rows.pivot_table(index=list(keys), columns="signature", values="duration_ns", aggfunc="sum", sort=False)
+        order = pd.MultiIndex.from_frame(frame[list(keys)]) if len(keys) > 1 else frame[keys[0]]
+        seconds = wide.reindex(index=order, columns=list(self.signatures)).fillna(0.0).to_numpy() / 1e9
+        whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
+        floor_share = seconds.sum(axis=1) / whole_s * self.busy_s
+        floor_j = self.floor_w * floor_share
+        dynamic_j = seconds @ self.power_w
+        draws = seconds @ self.power_draws_w.T + np.outer(floor_share, self.floor_draws_w)
+        low, high = np.percentile(draws, [2.5, 97.5], axis=1) if len(frame) else (np.empty(0), np.empty(0))
+        energy_j = floor_j + dynamic_j
+        return frame.assign(
+            floor_j=floor_j,
+            dynamic_j=dynamic_j,
+            energy_j=energy_j,
+            low_j=np.minimum(low, energy_j),
+            high_j=np.maximum(high, energy_j),
+        )
