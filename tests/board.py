@@ -153,12 +153,14 @@ class Board:
         for name in self.replayed:
             for duty in (0.5, 0.9):
                 self._replay(name, duty)
+        if self.replayed:
+            self._idle("replay")
         self.rest(0.5)
 
-    def _idle(self) -> None:
+    def _idle(self, pass_: str = "weigh") -> None:
         begin_ns = self.now_ns
         self.rest(2.5)
-        self.mark(begin_ns, "idle", "weigh")
+        self.mark(begin_ns, "idle", pass_)
 
     def _replay(self, name: str, duty: float) -> None:
         op = OPS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,9 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     kernels = _described(run, timeline, identified)
     marginals = None
     if weighed is not None and not equal_power:
-        found = account_replays(run, weighed, accounts, timeline, kernels, (sensor, counted))
+        limit_mw = device.get("power_limit_mw")
+        limit_w = math.inf if limit_mw is None else limit_mw / 1e3
+        found = account_replays(run, weighed, accounts, timeline, kernels, (sensor, counted), limit_w)
         if found is not None:
             marginals, joules = found
             accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}

@@ -19,6 +19,8 @@ SLOPE_SIGMA = 0.25
 SETTLE_S = 0.3
 # Half-second means of an idle board are not closer to a line than this, however well a few of them agree.
 LEAST_SIGMA_W = 0.2
+# Temperatures come in whole degrees: through fewer of them than this goes no line.
+LEAST_SPREAD_C = 3.0
 
 
 class EnergyCurve:
@@ -112,6 +114,8 @@ def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFr
     celsius = np.asarray(degrees, float)
     distance = celsius - celsius.mean()
     spread_c2 = float((distance**2).sum())
+    if celsius.max() - celsius.min() < LEAST_SPREAD_C:
+        spread_c2, distance = 0.0, np.zeros(count)
     slope, sigma_w = SLOPE_W_PER_C, max(_spread(power), LEAST_SIGMA_W)
     # The mean of what is assumed and what is measured, by their precisions; twice, because the scatter about the line
     # is known only once there is one.

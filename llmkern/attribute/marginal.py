@@ -7,13 +7,16 @@ Model (facts and limits: README, "How it works"): in a window of t seconds
 with joules per launch above the idle floor and not negative. Windows come from replays, where one signature ran alone,
 and from the run itself, where all ran together. What the data leave open is held by a weak prior from bytes and FLOPs.
 
-What a launch costs depends on the regime: towards the power cap the clock falls and a GEMM costs up to a fifth less, a
-hot die leaks more. A signature replayed at two mean powers has joules at both; between them they are interpolated, and
-a phase of the run takes those of its own mean power.
+What a launch costs depends on where it runs. Towards the power cap the clock falls and a GEMM costs up to a fifth
+less, a hot die leaks more: a signature replayed at two mean powers has joules at both, interpolated between them. And a
+launch among others in a run is not quite a launch among its like in a replay: each phase of the run (a context)
+has joules of its own, which CONTEXT_SIGMA ties to those of the replays, and which have to add up to what the counter
+says of that phase.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,12 +31,15 @@ TICK_SIGMA_J = 0.5
 # The counter repeats itself to about this share over two seconds (on an H100 one load at eight phases of the tick gave
 # 200-214 W in single reads).
 GAIN_SIGMA = 0.005
-# The prior is a guess from bytes and FLOPs: right to a factor of two.
+# The prior is a guess from bytes and FLOPs: right to a factor of two (one sigma of its logarithm).
 PRIOR_SIGMA = 0.7
 # Windows of one signature whose mean powers are this close are of one regime.
 SAME_REGIME = 0.1
-# By how much of itself a launch may cost more or less from one regime to the next.
+# By how much of itself a launch may cost more or less from one regime to the next (one sigma).
 REGIME_SIGMA = 0.15
+# By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): sums over
+# whole phases differed by -8 to +5 % on H100 boards.
+CONTEXT_SIGMA = 0.04
 # Signatures whose columns are this close to parallel cannot be told apart by any window.
 PARALLEL = 0.999
 
@@ -42,7 +48,8 @@ PARALLEL = 0.999
 class Window:
     """One stretch between two counter ticks: J, s, the idle floor in W there, and launches per signature.
 
-    *degrees* is by how many °C it was warmer than where the floor is known best.
+    *context* names the phase of the run that it saw, "" is a replay; *degrees* is by how many °C it was warmer than
+    where the floor is known best.
     """
 
     name: str
@@ -50,7 +57,7 @@ class Window:
     seconds: float
     floor_w: float
     launches: Mapping[str, float]
-    source: str = "replay"
+    context: str = ""
     degrees: float = 0.0
 
     @property
@@ -76,25 +83,42 @@ class FloorDoubt:
 
 
 @dataclass(frozen=True)
-class Regimes:
-    """The unknowns: for each signature the mean powers in W at which its joules are looked for, None for just one."""
+class Unknowns:
+    """What is looked for: per signature its joules at each mean power in W where it was replayed, and in each context.
+
+    A signature that was seen in replays but never alone has one unknown there, at no certain power.
+    """
 
     names: tuple[str, ...]
-    powers_w: tuple[tuple[float, ...] | None, ...]
+    powers_w: tuple[tuple[float, ...], ...]
+    contexts: tuple[tuple[str, ...], ...]
 
     @property
     def owners(self) -> np.ndarray:
         """Return for each unknown the index of its signature."""
-        return np.repeat(np.arange(len(self.names)), [len(p) if p else 1 for p in self.powers_w])
+        return np.repeat(np.arange(len(self.names)), [len(p) + len(c) for p, c in self._parts])
 
-    def weights(self, name: str, mean_w: float) -> dict[int, float]:
-        """Return which unknowns make up the joules of *name* at *mean_w*, linear between two and constant beyond."""
+    @property
+    def _parts(self) -> list[tuple[tuple[float, ...], tuple[str, ...]]]:
+        return list(zip(self.powers_w, self.contexts, strict=True))
+
+    def first(self, index: int) -> int:
+        """Return where the unknowns of signature *index* begin."""
+        return sum(len(p) + len(c) for p, c in self._parts[:index])
+
+    def weights(self, name: str, context: str, mean_w: float) -> dict[int, float]:
+        """Return which unknowns make up the joules of *name* in *context*, or in replays at *mean_w*.
+
+        Between two powers they are linear and beyond them constant. Raises ValueError for a name that ran nowhere.
+        """
         if name not in self.names:
             raise ValueError(f"{name} ran in no window")
         index = self.names.index(name)
-        first = sum(len(p) if p else 1 for p in self.powers_w[:index])
-        powers = self.powers_w[index]
-        if powers is None or mean_w <= powers[0]:
+        first, powers = self.first(index), self.powers_w[index]
+        if context in self.contexts[index]:
+            return {first + len(powers) + self.contexts[index].index(context): 1.0}
+        # Of a signature that was never replayed another context is the next best.
+        if len(powers) < 2 or mean_w <= powers[0]:
             return {first: 1.0}
         if mean_w >= powers[-1]:
             return {first + len(powers) - 1: 1.0}
@@ -102,10 +126,18 @@ class Regimes:
         share = (mean_w - powers[right - 1]) / (powers[right] - powers[right - 1])
         return {first + right - 1: 1.0 - share, first + right: share}
 
+    def row(self, launches: Mapping[str, float], context: str, mean_w: float) -> np.ndarray:
+        """Return *launches* as factors of the unknowns."""
+        row = np.zeros(len(self.owners))
+        for name, count in launches.items():
+            for unknown, weight in self.weights(name, context, mean_w).items():
+                row[unknown] += count * weight
+        return row
+
 
 @dataclass(frozen=True)
 class Marginals:
-    """Joules per launch above the floor, per regime, with the draws that their intervals come from.
+    """Joules per launch above the floor of each unknown, with the draws that their intervals come from.
 
     ``groups`` are signatures that no window tells apart: each got the prior's share of what they took together.
     ``residuals_j`` is energy minus model per window; ``condition`` that of the scaled system without the prior and with
@@ -113,7 +145,7 @@ class Marginals:
     what is at the floor can be drawn alike.
     """
 
-    regimes: Regimes
+    unknowns: Unknowns
     values_j: np.ndarray
     draws_j: np.ndarray
     floor_draws_w: np.ndarray
@@ -122,14 +154,18 @@ class Marginals:
     residuals_j: dict[str, float]
     condition: float
 
-    def row(self, launches: Mapping[str, float], mean_w: float) -> np.ndarray:
-        """Return *launches* at *mean_w* as factors of the unknowns."""
-        return _row(self.regimes, launches, mean_w, len(self.values_j))
+    def per_launch(self, name: str, context: str = "", mean_w: float = 0.0) -> Estimate:
+        """Return the J per launch of *name* in *context*, or replayed at a mean power of *mean_w* W.
 
-    def per_launch(self, name: str, mean_w: float) -> Estimate:
-        """Return the J per launch of *name* at a mean power of *mean_w* W; raises ValueError for an unknown name."""
-        row = self.row({name: 1.0}, mean_w)
+        Raises ValueError for an unknown name.
+        """
+        row = self.unknowns.row({name: 1.0}, context, mean_w)
         return interval(float(row @ self.values_j), self.draws_j @ row)
+
+    @property
+    def replayed(self) -> list[str]:
+        """Return the signatures that were replayed alone."""
+        return [n for n, p in zip(self.unknowns.names, self.unknowns.powers_w, strict=True) if p]
 
 
 def interval(value: float, draws: np.ndarray) -> Estimate:
@@ -139,11 +175,17 @@ def interval(value: float, draws: np.ndarray) -> Estimate:
 
 
 def estimate_marginals(
-    windows: Sequence[Window], features: Mapping[str, Features], *, doubt: FloorDoubt | None = None, seed: int = 0
+    windows: Sequence[Window],
+    features: Mapping[str, Features],
+    *,
+    doubt: FloorDoubt | None = None,
+    most_w: float = math.inf,
+    seed: int = 0,
 ) -> Marginals:
     """Return the joules per launch of every signature that ran in *windows*.
 
-    Non-negative least squares, each window weighted by what its ticks and the counter's gain leave uncertain.
+    Non-negative least squares, each window weighted by what its ticks and the counter's gain leave uncertain. Of a
+    signature that was not replayed the prior says that it draws at most *most_w* W above the floor (two sigma).
     Intervals are from a parametric bootstrap over windows in which the floor errs alike in all of them (*doubt*).
     Raises ValueError without windows or for a launch of a signature that *features* does not know.
     """
@@ -155,21 +197,22 @@ def estimate_marginals(
     doubt = doubt or FloorDoubt()
     # The order of signatures and windows must not matter, not even in the last bit.
     ordered = sorted(windows, key=lambda w: w.name)
-    regimes = _regimes(ordered)
-    names, owners = regimes.names, regimes.owners
-    counts = np.array([_row(regimes, w.launches, w.mean_w, len(owners)) for w in ordered])
+    unknowns = _unknowns(ordered)
+    names, owners = unknowns.names, unknowns.owners
+    counts = np.array([unknowns.row(w.launches, w.context, w.mean_w) for w in ordered])
     seconds = np.array([w.seconds for w in ordered])
     dynamic_j = np.array([w.energy_j - w.floor_w * w.seconds for w in ordered])
     sigma_j = np.hypot(TICK_SIGMA_J, GAIN_SIGMA * np.array([w.energy_j for w in ordered]))
     traits = np.array([[features[n].seconds, features[n].moved_bytes, features[n].flops] for n in names])[owners]
-    weights = _prior_weights(counts, traits, dynamic_j, sigma_j)
-    ties = _ties(counts, dynamic_j, owners, traits @ weights)
-    values = _solve(counts, dynamic_j, sigma_j, traits @ weights, ties)
+    most_j = most_w * traits[:, 0]
+    # Half of what is possible leaves room on both sides.
+    guess_j = np.minimum(traits @ _prior_weights(counts, traits, dynamic_j, sigma_j), most_j / 2)
+    width_j = np.maximum(np.minimum(math.expm1(PRIOR_SIGMA) * guess_j, (most_j - guess_j) / 2), 1e-9)
+    ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j)
+    values = _solve(counts, dynamic_j, sigma_j, guess_j, width_j, ties, np.zeros(len(ties)))
     random = np.random.default_rng(seed)
     model = counts @ values
-    # Windows that fit worse than their ticks explain say that the model is that wrong here.
-    excess = float(np.sqrt(np.mean(((dynamic_j - model) / sigma_j) ** 2))) if len(ordered) > 1 else 1.0
-    spread = sigma_j * max(1.0, excess)
+    spread = sigma_j * _excess(ordered, (dynamic_j - model) / sigma_j)
     degrees = np.array([w.degrees for w in ordered])
     level_draws = random.normal(0.0, 1.0, DRAWS) * doubt.level_w
     slope_draws = random.normal(0.0, 1.0, DRAWS) * doubt.slope_w_per_c
@@ -177,21 +220,29 @@ def estimate_marginals(
     for i in range(DRAWS):
         floor_j = (level_draws[i] + slope_draws[i] * degrees) * seconds
         drawn_j = model + random.normal(0.0, spread) - floor_j
-        # One guess is wrong by one factor in all regimes.
-        prior_j = traits @ weights * np.exp(random.normal(0.0, PRIOR_SIGMA, len(names)))[owners]
-        draws[i] = _solve(counts, drawn_j, sigma_j, prior_j, ties)
+        # One guess is wrong by one factor wherever it is used.
+        prior_j = guess_j * np.exp(random.normal(0.0, PRIOR_SIGMA, len(names)))[owners]
+        prior_j = np.minimum(prior_j, np.maximum(guess_j, most_j - width_j))
+        draws[i] = _solve(counts, drawn_j, sigma_j, prior_j, width_j, ties, random.normal(0.0, 1.0, len(ties)))
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
-    return Marginals(regimes, values, draws, level_draws, slope_draws, groups, residuals, condition)
+    return Marginals(unknowns, values, draws, level_draws, slope_draws, groups, residuals, condition)
 
 
-def _regimes(windows: Sequence[Window]) -> Regimes:
+def _unknowns(windows: Sequence[Window]) -> Unknowns:
     names = sorted({s for w in windows for s in w.launches})
     alone: dict[str, list[float]] = {n: [] for n in names}
+    mixed: set[str] = set()
+    contexts: dict[str, set[str]] = {n: set() for n in names}
     for window in windows:
-        if len(window.launches) == 1 and window.source == "replay":
-            alone[next(iter(window.launches))].append(window.mean_w)
-    powers: list[tuple[float, ...] | None] = []
+        for name in window.launches:
+            if window.context:
+                contexts[name].add(window.context)
+            elif len(window.launches) == 1:
+                alone[name].append(window.mean_w)
+            else:
+                mixed.add(name)
+    powers: list[tuple[float, ...]] = []
     for name in names:
         clusters: list[list[float]] = []
         for watts in sorted(alone[name]):
@@ -199,45 +250,74 @@ def _regimes(windows: Sequence[Window]) -> Regimes:
                 clusters[-1].append(watts)
             else:
                 clusters.append([watts])
-        powers.append(tuple(float(np.mean(c)) for c in clusters) or None)
-    return Regimes(tuple(names), tuple(powers))
+        powers.append(tuple(float(np.mean(c)) for c in clusters) or ((0.0,) if name in mixed else ()))
+    return Unknowns(tuple(names), tuple(powers), tuple(tuple(sorted(contexts[n])) for n in names))
 
 
-def _row(regimes: Regimes, launches: Mapping[str, float], mean_w: float, size: int) -> np.ndarray:
-    row = np.zeros(size)
-    for name, count in launches.items():
-        for unknown, weight in regimes.weights(name, mean_w).items():
-            row[unknown] += count * weight
-    return row
+def _excess(windows: Sequence[Window], scaled: np.ndarray) -> np.ndarray:
+    """Return how many times worse than their ticks explain the windows of each context fit, at least once."""
+    result = np.ones(len(windows))
+    for context in {w.context for w in windows}:
+        own = np.array([w.context == context for w in windows])
+        if own.sum() > 1:
+            result[own] = max(1.0, float(np.sqrt(np.mean(scaled[own] ** 2))))
+    return result
 
 
-def _ties(counts: np.ndarray, dynamic_j: np.ndarray, owners: np.ndarray, prior_j: np.ndarray) -> np.ndarray:
-    """Return rows that hold the joules of one signature in neighbouring regimes to REGIME_SIGMA of each other."""
+def _ties(
+    unknowns: Unknowns, windows: Sequence[Window], counts: np.ndarray, dynamic_j: np.ndarray, guess_j: np.ndarray
+) -> np.ndarray:
+    """Return rows, in sigmas, that hold the unknowns of one signature together: its regimes, and contexts to them."""
+    mean_w = {c: float(np.mean([w.mean_w for w in windows if w.context == c])) for c in {w.context for w in windows}}
     rows = []
-    for left in range(len(owners) - 1):
-        if owners[left] != owners[left + 1]:
-            continue
-        pair = [left, left + 1]
-        alone = np.flatnonzero((counts[:, pair].sum(axis=1) > 0) & (np.delete(counts, pair, axis=1).sum(axis=1) == 0))
-        total = float(counts[alone][:, pair].sum())
-        size_j = float(dynamic_j[alone].sum()) / total if total > 0 else 0.0
-        row = np.zeros(len(owners))
-        row[pair] = np.array([1.0, -1.0]) / (REGIME_SIGMA * max(size_j, 0.1 * float(prior_j[left]), 1e-9))
-        rows.append(row)
-    return np.array(rows).reshape(-1, len(owners))
+    for index, (name, powers, contexts) in enumerate(
+        zip(unknowns.names, unknowns.powers_w, unknowns.contexts, strict=True)
+    ):
+        first = unknowns.first(index)
+        size_j = max(_alone_j(windows, counts, dynamic_j, name), 0.1 * float(guess_j[first]), 1e-9)
+        for left in range(first, first + len(powers) - 1):
+            row = np.zeros(len(guess_j))
+            row[[left, left + 1]] = np.array([1.0, -1.0]) / (REGIME_SIGMA * size_j)
+            rows.append(row)
+        own = range(first + len(powers), first + len(powers) + len(contexts))
+        for unknown, context in zip(own, contexts, strict=True):
+            row = np.zeros(len(guess_j))
+            row[unknown] = 1.0
+            if powers:
+                for knot, weight in unknowns.weights(name, "", mean_w[context]).items():
+                    row[knot] -= weight
+                rows.append(row / (CONTEXT_SIGMA * size_j))
+            elif unknown > first:
+                row[first] = -1.0
+                rows.append(row / (REGIME_SIGMA * size_j))
+    return np.array(rows).reshape(-1, len(guess_j))
+
+
+def _alone_j(windows: Sequence[Window], counts: np.ndarray, dynamic_j: np.ndarray, name: str) -> float:
+    """Return the J per launch of *name* over all windows in which it ran alone, 0 without any."""
+    own = np.array([not w.context and set(w.launches) == {name} for w in windows])
+    total = float(counts[own].sum())
+    return float(dynamic_j[own].sum()) / total if total > 0 else 0.0
 
 
 def _solve(
-    counts: np.ndarray, dynamic_j: np.ndarray, sigma_j: np.ndarray, prior_j: np.ndarray, ties: np.ndarray
+    counts: np.ndarray,
+    dynamic_j: np.ndarray,
+    sigma_j: np.ndarray,
+    prior_j: np.ndarray,
+    width_j: np.ndarray,
+    ties: np.ndarray,
+    apart: np.ndarray,
 ) -> np.ndarray:
-    """Return the non-negative joules per launch that fit the windows, drawn to the prior where they leave a choice."""
-    width = np.maximum(PRIOR_SIGMA * prior_j, 1e-9)
+    """Return the non-negative joules per launch that fit the windows, drawn to the prior where they leave a choice.
+
+    *apart* is by how many sigmas the *ties* are off.
+    """
     # Scaled to the prior: joules per launch span five orders of magnitude.
-    scale = np.maximum(prior_j, 1e-9)
-    rows = np.vstack([counts * scale / sigma_j[:, None], np.diag(scale / width), ties * scale])
-    right = np.concatenate([dynamic_j / sigma_j, prior_j / width, np.zeros(len(ties))])
+    rows = np.vstack([counts * width_j / sigma_j[:, None], np.eye(len(width_j)), ties * width_j])
+    right = np.concatenate([dynamic_j / sigma_j, prior_j / width_j, apart])
     solution, _ = nnls(rows, right, maxiter=50 * rows.shape[1])
-    result: np.ndarray = solution * scale
+    result: np.ndarray = solution * width_j
     return result
 
 

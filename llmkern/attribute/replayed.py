@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -27,11 +28,12 @@ def account_replays(
     timeline: Timeline,
     kernels: pd.DataFrame,
     sensor: tuple[str, int | None],
+    limit_w: float = math.inf,
 ) -> tuple[Marginals, dict[str, MarginalJoules]] | None:
     """Return the joules per launch and, for each of *accounts*, those of its kernels.
 
-    *kernels* are the timeline's with op_index, signature and duration_ns, *sensor* the counter's name and device. None
-    without replays, an energy counter or an idle floor.
+    *kernels* are the timeline's with op_index, signature and duration_ns, *sensor* the counter's name and device,
+    *limit_w* the board's power limit. None without replays, an energy counter or an idle floor.
     """
     replays = run.table("replays")
     curve = counter_of(run, *sensor)
@@ -45,7 +47,8 @@ def account_replays(
     windows += [w for phase, frame in steps.items() for w in _run_windows(weighed, phase, frame)]
     windows = [w for w in windows if set(w.launches) <= set(features)]
     doubt = FloorDoubt(weighed.floor.level_sigma_w, weighed.floor.slope_sigma)
-    marginals = estimate_marginals(windows, features, doubt=doubt)
+    most_w = limit_w - weighed.floor.reference_w
+    marginals = estimate_marginals(windows, features, doubt=doubt, most_w=most_w)
     return marginals, {phase: _phase(account, steps[phase], marginals, weighed) for phase, account in accounts.items()}
 
 
@@ -116,7 +119,7 @@ def _run_windows(weighed: Weighed, phase: str, steps: pd.DataFrame) -> list[Wind
     launches = {str(n): float(k) * units for n, k in steps["launches"].items()}
     samples = zip(weight.energy_samples_j, weight.latency_samples_s, strict=True)
     return [
-        Window(f"run {phase} {i}", energy_j * units, latency_s * units, floor_w, launches, "run", degrees)
+        Window(f"run {phase} {i}", energy_j * units, latency_s * units, floor_w, launches, phase, degrees)
         for i, (energy_j, latency_s) in enumerate(samples)
         if energy_j == energy_j
     ]
@@ -126,11 +129,13 @@ def _phase(account: PhaseAccount, steps: pd.DataFrame, marginals: Marginals, wei
     floor, mean_w = weighed.floor, account.mean_w
     assert floor is not None
     assert mean_w is not None
-    known = set(marginals.regimes.names)
+    known = set(marginals.unknowns.names)
     seconds = np.maximum(steps["duration_ns"].to_numpy(float) / 1e9, 1e-12)
     factors = np.array(
         [
-            marginals.row({str(name): float(count)}, mean_w) if name in known else np.zeros(len(marginals.values_j))
+            marginals.unknowns.row({str(name): float(count)}, account.phase, mean_w)
+            if name in known
+            else np.zeros(len(marginals.values_j))
             for name, count in steps["launches"].items()
         ]
     )

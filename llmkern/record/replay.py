@@ -28,7 +28,8 @@ WINDOW_S = 2.0
 DUTIES = (0.3, 0.9)
 # So many layers' weights in turn are more than any L2 holds.
 MOST_CALLS = 32
-_BURST_S = 0.02
+# As finely mixed with rest as in a run: a burst of 20 ms heats the die and loads the regulators like full duty.
+_BURST_S = 0.001
 
 
 @dataclass
@@ -122,7 +123,7 @@ def replay(
 
 @contextmanager
 def burst_of(device: Device, case: Case) -> Iterator[tuple[Callable[[], None], int, bool]]:
-    """Yield a function that launches about 20 ms of *case*, how many launches that is, and whether it is a CUDA graph.
+    """Yield a function that launches about 1 ms of *case*, how many launches that is, and whether it is a CUDA graph.
 
     Operators that synchronize cannot be captured and are launched one by one; then the host's time is idle time, which
     the floor pays for.

@@ -250,12 +250,13 @@ def _replays(attribution: Attribution) -> list[str]:
     marginals = attribution.marginals
     if marginals is None:
         return []
-    replayed = [n for n, p in zip(marginals.regimes.names, marginals.regimes.powers_w, strict=True) if p is not None]
     parts = []
     for phase, account in attribution.accounts.items():
         steps = attribution.kernels[attribution.kernels["phase"] == phase]
-        share = float(steps.loc[steps["signature"].isin(replayed), "duration_ns"].sum() / steps["duration_ns"].sum())
+        share = float(
+            steps.loc[steps["signature"].isin(marginals.replayed), "duration_ns"].sum() / steps["duration_ns"].sum()
+        )
         energy, residual_j = account.weight.energy_j, account.residual_j
         if energy is not None and residual_j is not None:
             parts.append(f"{phase} {share:.0%} of the kernels' time, residual {residual_j / energy.value:+.1%}")
-    return [f"Replayed alone: {len(replayed)} operators; {'; '.join(parts)}."]
+    return [f"Replayed alone: {len(marginals.replayed)} operators; {'; '.join(parts)}."]

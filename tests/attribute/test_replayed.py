@@ -22,11 +22,9 @@ def played(path: Path, **options: Any) -> tuple[RunFolder, Attribution]:
 
 
 def joule(found: Attribution, name: str, phase: str = "decode") -> Estimate:
-    """Return the J per launch in the regime of *phase*."""
+    """Return the J per launch in in *phase*."""
     assert found.marginals is not None
-    mean_w = found.accounts[phase].mean_w
-    assert mean_w is not None
-    return found.marginals.per_launch(name, mean_w)
+    return found.marginals.per_launch(name, phase)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from llmkern.record.options import TraceOptions
 from llmkern.run import RunFolder
 from tests.test_cli import ROOT, assert_readable_until, assert_sentence, killed_while_timing, llmkern
 
-SMALL = ("--prompt-tokens", "48", "--new-tokens", "6", "--warmup", "2", "--repeats", "2")
+SMALL = ("--quick", "--prompt-tokens", "48", "--new-tokens", "6", "--warmup", "2", "--repeats", "2")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8", "int4"])
@@ -30,6 +30,7 @@ def test_a_run_at_each_precision_closes_its_books(tmp_path: Path, precision: str
         new_tokens=6,
         warmup=2,
         repeats=2,
+        quick=True,
         out=tmp_path / "run",
     )
     run = RunFolder(session.trace(options, Stages(quiet=True)))
@@ -55,7 +56,7 @@ def test_a_run_at_each_precision_closes_its_books(tmp_path: Path, precision: str
 
 def test_kill_9_leaves_what_was_recorded_until_then(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    killed_ns = killed_while_timing(out, "--device", "cuda", "--prompt-tokens", "48", "--repeats", "1")
+    killed_ns = killed_while_timing(out, "--device", "cuda", "--quick", "--prompt-tokens", "48", "--repeats", "1")
     assert_readable_until(killed_ns, out, "ranges", "kernels")
     assert len(RunFolder(out).table("launches")) > 0
 
