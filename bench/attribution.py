@@ -1,20 +1,23 @@
-"""Planted work: known operators inserted into a decode loop, their joules by the counter and by the attribution.
+"""Planted work: known work inserted into a generation, its joules by the counter and by the attribution.
 
 python -m bench.attribution --model qwen-7b --precision bf16
 
-Truth: windows of the loop with and without the planted operator in random order; the counter's energy above the idle
-floor, with minus without, per planted call. Estimate: what the account of one recorded run with the work says of
-exactly that operator, from its replay and the run; it knows nothing of the truth windows.
+Truth: windows of the generation with and without the planted work in random order; the counter's energy above the idle
+floor, with minus without, per call. Of a gap (a host that sleeps or thinks) it is the energy of its time: the counter
+less the floor of the time outside it. Estimate: what the account of one recorded run with the work says of exactly that
+operator or gap; it knows nothing of the truth windows. Beside it what two common ways to attribute say of the same run:
+every kernel at equal power, and NVML's instant power (field 186) times the kernel's duration.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +26,19 @@ import numpy as np
 import pandas as pd
 import torch
 
+from bench.planted import CATEGORY, CPU_PLANTS, GPU_PLANTS, Plant, Planted, Work, signatures_of
 from bench.result import case, metric, write
-from llmkern.attribute.attribution import attribute
+from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
-from llmkern.attribute.identify import identify
-from llmkern.attribute.replayed import account_replays
+from llmkern.attribute.marginal import interval
+from llmkern.attribute.replayed import to_cache
 from llmkern.progress import Stages
+from llmkern.record import environment, replay_cache
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device, EnergyMeter
-from llmkern.record.generation import Generation, decoder_layers
-from llmkern.record.inspection import Inspector
+from llmkern.record.generation import Generation
 from llmkern.record.options import TraceOptions
 from llmkern.record.passes import record_passes
 from llmkern.record.weigh import IDLE_WINDOW_S, RARE_TICK_S, pace, wait_for_ticks
@@ -49,88 +53,12 @@ WINDOW_S = 2.0
 
 
 @dataclass(frozen=True)
-class Plant:
-    """One operator that runs after every *every*-th layer."""
+class Guess:
+    """The J of one planted call: by the account, by equal power and by instant power."""
 
-    name: str
-    every: int
-    make: Callable[[torch.device], Callable[[], object]]
-
-
-def _product(size: int, dtype: torch.dtype) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        return lambda: a @ b
-
-    return make
-
-
-def _copy(megabytes: int) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        source = torch.randn(megabytes * 2**18, device=device)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    return make
-
-
-def _softmax(rows: int, columns: int) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        x = torch.randn(rows, columns, device=device)
-        return lambda: torch.softmax(x, -1)
-
-    return make
-
-
-def _dequantize(rows: int, columns: int) -> Callable[[torch.device], Callable[[], object]]:
-    def make(device: torch.device) -> Callable[[], object]:
-        from bitsandbytes import functional
-
-        weight = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
-        values, state = functional.quantize_4bit(weight, quant_type="nf4")
-        return lambda: functional.dequantize_4bit(values, state)
-
-    return make
-
-
-GPU_PLANTS = [
-    Plant("bf16 GEMM 8192", 7, _product(8192, torch.bfloat16)),
-    Plant("bf16 GEMM 4096", 2, _product(4096, torch.bfloat16)),
-    Plant("fp32 GEMM 2048", 2, _product(2048, torch.float32)),
-    Plant("softmax 4096x8192", 1, _softmax(4096, 8192)),
-    Plant("copy 256 MB", 1, _copy(256)),
-    Plant("NF4 dequantize 3584x18944", 1, _dequantize(3584, 18944)),
-]
-CPU_PLANTS = [
-    Plant("fp32 GEMM 512", 1, _product(512, torch.float32)),
-    Plant("softmax 512x1024", 1, _softmax(512, 1024)),
-]
-
-
-@contextmanager
-def planted(model: torch.nn.Module, plant: Plant, work: Callable[[], object]) -> Iterator[None]:
-    """Run *work* after every *every*-th decoder layer of *model*, in decode only."""
-
-    def after(_module: object, _args: object, output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        if hidden.shape[1] == 1:
-            work()
-
-    with ExitStack() as stack:
-        for layer in decoder_layers(model)[:: plant.every]:
-            stack.callback(layer.register_forward_hook(after).remove)
-        yield
-
-
-def signatures_of(work: Callable[[], object]) -> dict[str, int]:
-    """Return the signatures that *work* dispatches, and how often."""
-    inspector = Inspector(torch.nn.Module(), lambda: (None, None))
-    with torch.inference_mode(), inspector.watching():
-        work()
-    found: dict[str, int] = {}
-    for call in inspector.calls:
-        found[call.signature] = found.get(call.signature, 0) + 1
-    return found
+    account: Estimate
+    equal_power: float
+    instant_power: float
 
 
 class Counter:
@@ -179,13 +107,13 @@ def truth(
     model: torch.nn.Module,
     meters: list[EnergyMeter],
     plant: Plant,
-    work: Callable[[], object],
+    work: Work,
     rounds: int,
 ) -> Estimate:
-    """Return the J above the floor of one planted call, by the counter."""
+    """Return the J of one planted call by the counter: above the floor, or of a gap all of them."""
     counter = Counter(meters)
-    idle = []
-    spans: list[tuple[bool, int, int, int]] = []
+    new_tokens = NEW_TOKENS if plant.phase == "decode" else 1
+    idle, spans = [], []
 
     def rest() -> None:
         pace(meters, 0.0)
@@ -196,65 +124,134 @@ def truth(
     rest()
     shuffled = random.Random(plant.name)
     order = [with_ for _ in range(rounds) for with_ in shuffled.sample([True, False], 2)]
+    steps = max(1, new_tokens - 1)
+    planted = Planted(model, plant, work, None)
     for with_ in order:
-        with ExitStack() as stack:
-            if with_:
-                stack.enter_context(planted(model, plant, work))
-            spans.append((with_, *counter.window(lambda: generation(NEW_TOKENS), WINDOW_S)))
+        planted.seconds = 0.0
+        with planted.growing() if with_ else nullcontext():
+            span = counter.window(lambda: generation(new_tokens), WINDOW_S)
+        spans.append((with_, planted.seconds if plant.is_gap else 0.0, *span))
     rest()
     curve, temperature = counter.curve(), counter.temperature()
     floor = measure_floor(curve, pd.DataFrame(idle), temperature)
     assert floor is not None
     per_run: dict[bool, list[float]] = {True: [], False: []}
-    for with_, start_ns, end_ns, count in spans:
-        per_run[with_].append(_dynamic_j(curve, floor, temperature, start_ns, end_ns) / count)
-    calls = len(decoder_layers(model)[:: plant.every]) * (NEW_TOKENS - 1)
+    for with_, planted_s, start_ns, end_ns, count in spans:
+        above_j = _above_floor_j(curve, floor, temperature, start_ns, end_ns, planted_s)
+        per_run[with_].append(above_j / count)
     differences = np.array(per_run[True]) - np.array(per_run[False])
-    return from_samples((differences / calls).tolist())
+    return from_samples((differences / planted.calls_per_step / steps).tolist())
 
 
-def _dynamic_j(curve: EnergyCurve, floor: Floor, temperature: pd.DataFrame, start_ns: int, end_ns: int) -> float:
+def _above_floor_j(
+    curve: EnergyCurve, floor: Floor, temperature: pd.DataFrame, start_ns: int, end_ns: int, planted_s: float
+) -> float:
+    """Return the J between the ticks around a window less the floor of all of it but *planted_s*."""
     framed = curve.window(start_ns, end_ns)
     assert framed is not None
     before_ns, after_ns, joule = framed
     celsius = mean_temperature(temperature, pd.DataFrame({"start_ns": [before_ns], "end_ns": [after_ns]}))
-    return joule - floor.at(celsius).value * (after_ns - before_ns) / 1e9
+    return joule - floor.at(celsius).value * ((after_ns - before_ns) / 1e9 - planted_s)
 
 
-def estimate(
+def record(
     device: Device,
     generation: Generation,
     model: torch.nn.Module,
     annotator: Annotator,
-    plant: Plant,
-    work: Callable[[], object],
+    planted: Planted,
     options: TraceOptions,
-) -> tuple[Estimate, float]:
-    """Return the J above the floor of one planted call by the account of a recorded run, and by duration alone."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run"
-        writer = RunWriter(path, {"device": device.facts(), "options": options.facts()})
-        with planted(model, plant, work):
-            record_passes(device, generation, model, annotator, writer, Stages(quiet=True), options)
-        writer.finish()
-        run = RunFolder(path)
-        attribution = attribute(run)
-        identified = identify(run, attribution.timeline, int(device.facts()["index"]))
-        replays = account_replays(run, attribution, identified)
-    assert replays is not None
+    folder: Path,
+) -> RunFolder:
+    """Record a run with the planted work; what is replayed in it is cached for the cases to come."""
+    writer = RunWriter(folder, {"device": device.facts(), "options": options.facts()})
+    with planted.growing():
+        record_passes(device, generation, model, annotator, writer, Stages(quiet=True), options)
+    writer.finish()
+    run = RunFolder(folder)
+    found = attribute(run, equal_power=True)
+    key = replay_cache.cache_key(run.facts["device"], environment.versions())
+    replay_cache.store(key, to_cache(run, found.weighed, (found.sensor, found.device)))
+    return run
+
+
+def guess(run: RunFolder, plant: Plant, work: Work, calls: int) -> Guess:
+    """Return what the account of *run* says of one planted call; *calls* of them ran in a prefill or a token."""
+    found = attribute(run)
+    account = found.accounts[plant.phase]
+    assert account.floor_w is not None
+    instant_w = _instant_w(run, plant.phase)
+    if plant.is_gap:
+        seconds = _planted_gap_s(run, found, plant.phase) / calls
+        by_account = account.floor_w.scaled(seconds)
+        return Guess(by_account, by_account.value, instant_w * seconds)
     wanted = signatures_of(work)
-    found = replays.phases["decode"].by_signature.set_index("signature")
-    calls = len(decoder_layers(model)[:: plant.every])
-    parts = found.loc[[name for name in wanted if name in found.index]]
-    decode = attribution.accounts["decode"]
-    assert decode.kernel_j is not None
-    assert decode.floor_w is not None
-    dynamic_j = decode.kernel_j.value - decode.floor_w.value * decode.busy_s
-    by_duration = dynamic_j * float(parts["duration_ns"].sum()) / max(float(found["duration_ns"].sum()), 1.0)
-    marginals = [replays.marginals.energy_j[name].scaled(count) for name, count in wanted.items()]
-    low = sum(m.low or 0.0 for m in marginals)
-    high = sum(m.high if m.high is not None else m.value for m in marginals)
-    return Estimate(sum(m.value for m in marginals), low, high), by_duration / calls
+    assert found.marginals is not None
+    row = found.marginals.unknowns.row({n: float(k) for n, k in wanted.items()}, plant.phase, account.mean_w or 0.0)
+    by_account = interval(float(row @ found.marginals.values_j), found.marginals.draws_j @ row)
+    kernels = found.kernels[found.kernels["phase"] == plant.phase]
+    own_s = float(kernels.loc[kernels["signature"].isin(list(wanted)), "duration_ns"].sum()) / 1e9
+    all_s = float(kernels["duration_ns"].sum()) / 1e9
+    units = int(found.timeline.phases.loc[found.timeline.phases["phase"] == plant.phase, "tokens"].sum())
+    equal = attribute(run, equal_power=True).accounts[plant.phase]
+    assert equal.kernel_j is not None
+    dynamic_j = equal.kernel_j.value - account.floor_w.value * equal.busy_s
+    per_call_s = own_s / units / calls
+    return Guess(by_account, dynamic_j * own_s / all_s / calls, (instant_w - account.floor_w.value) * per_call_s)
+
+
+def _instant_w(run: RunFolder, phase: str) -> float:
+    """Return the mean of NVML's instant power over the weigh windows of *phase*; NaN without that field."""
+    ranges, power = run.table("ranges"), run.table("power")
+    windows = ranges[(ranges["category"] == "window") & (ranges["pass"] == "weigh")]
+    windows = windows[(windows["new_tokens"] == 1) == (phase == "prefill")]
+    readings = power[power["sensor"] == "instant"]
+    times = readings["timestamp_ns"].to_numpy()
+    inside = np.zeros(len(times), bool)
+    for start_ns, end_ns in windows[["start_ns", "end_ns"]].itertuples(index=False):
+        inside |= (times >= start_ns) & (times <= end_ns)
+    watts = readings["power_mw"].to_numpy(float)[inside] / 1e3
+    return float(np.nanmean(watts)) if len(watts) else float("nan")
+
+
+def _planted_gap_s(run: RunFolder, found: Attribution, phase: str) -> float:
+    """Return the time per unit of *phase* in which the device was idle and the host in the planted work."""
+    ranges = run.table("ranges")
+    planted = ranges[(ranges["category"] == CATEGORY) & (ranges["pass"] == "time")].sort_values("start_ns")
+    gaps = found.timeline.gaps[found.timeline.gaps["phase"] == phase].sort_values("start_ns")
+    start, end = planted["start_ns"].to_numpy(), planted["end_ns"].to_numpy()
+    idle_ns = 0.0
+    for begin_ns, duration_ns in zip(gaps["start_ns"], gaps["duration_ns"], strict=True):
+        first = int(np.searchsorted(end, begin_ns))
+        while first < len(start) and start[first] < begin_ns + duration_ns:
+            idle_ns += max(0.0, min(end[first], begin_ns + duration_ns) - max(start[first], begin_ns))
+            first += 1
+    phases = found.timeline.phases
+    return idle_ns / 1e9 / int(phases.loc[phases["phase"] == phase, "tokens"].sum())
+
+
+def compare(plant: Plant, known: Estimate, guessed: Guess, parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the case of one plant, printed as well."""
+    error = guessed.account.value / known.value - 1
+    held = (guessed.account.low or 0.0) <= known.value <= (guessed.account.high or guessed.account.value)
+    metrics = {
+        "truth": metric(known, "J"),
+        "estimate": metric(guessed.account, "J"),
+        "error": metric(error, "1"),
+        "held": metric(float(held), "1"),
+        "error_by_equal_power": metric(guessed.equal_power / known.value - 1, "1"),
+        "error_by_instant_power": metric(guessed.instant_power / known.value - 1, "1"),
+    }
+    print(
+        f"{plant.name:38s} counter {known.value * 1e3:9.3f} ± {(known.half_width or 0) * 1e3:.3f} mJ  "
+        f"account {guessed.account.value * 1e3:9.3f} ± {(guessed.account.half_width or 0) * 1e3:.3f} mJ  {error:+6.1%} "
+        f"{'held' if held else 'OUT '}  equal power {guessed.equal_power / known.value - 1:+6.1%}  "
+        f"instant power {guessed.instant_power / known.value - 1:+6.1%}",
+        flush=True,
+    )
+    passed = bool(abs(error) <= ERROR_LIMIT)
+    note = "" if passed else f"above {ERROR_LIMIT:.0%}"
+    return case(plant.name, {**parameters, "every": plant.every, "phase": plant.phase}, metrics, passed, note)
 
 
 def main() -> None:
@@ -262,59 +259,46 @@ def main() -> None:
     parser.add_argument("--model", default="qwen-7b")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=6, help="windows with and without, each, per case")
     parser.add_argument("--only", nargs="*", help="names of cases")
+    parser.add_argument("--runs", type=Path, help="keep the recorded runs in this folder")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     loaded = load_model(
         find_model(arguments.model), precision=arguments.precision, weights="random", device=device.torch_device
     )
-    prompts = builtin_prompts(1, 128, loaded.tokenizer, int(loaded.config.vocab_size), 0)
+    prompts = builtin_prompts(1, arguments.prompt_tokens, loaded.tokenizer, int(loaded.config.vocab_size), 0)
     ids, mask = (t.to(device.torch_device) for t in (prompts.input_ids, prompts.attention_mask))
     annotator = Annotator()
     generation = Generation(loaded.model, ids, mask, annotator, device.synchronize)
     options = TraceOptions(
-        arguments.model,
-        precision=arguments.precision,
-        new_tokens=NEW_TOKENS,
-        warmup=2,
-        repeats=3,
-        trace_repeats=1,
-        replay=True,
-        no_cache=True,
+        arguments.model, precision=arguments.precision, new_tokens=NEW_TOKENS, warmup=2, repeats=3, trace_repeats=1
     )
+    parameters = {k: getattr(arguments, k) for k in ("model", "precision", "prompt_tokens", "rounds")}
     cases = []
-    for plant in GPU_PLANTS if device.kind == "cuda" else CPU_PLANTS:
-        if arguments.only and plant.name not in arguments.only:
-            continue
-        work = plant.make(device.torch_device)
-        guessed, by_duration = estimate(device, generation, loaded.model, annotator, plant, work, options)
-        meters = device.meters()
-        with ExitStack() as stack:
-            for meter in meters:
-                meter.start()
-                stack.callback(meter.stop)
-            time.sleep(0.5)
-            known = truth(generation, loaded.model, meters, plant, work, arguments.rounds)
-        annotator.drain()
-        error, naive = guessed.value / known.value - 1, by_duration / known.value - 1
-        metrics = {
-            "truth": metric(known, "J"),
-            "estimate": metric(guessed, "J"),
-            "error": metric(error, "1"),
-            "error_by_duration": metric(naive, "1"),
-        }
-        parameters = {"model": arguments.model, "precision": arguments.precision, "every": plant.every}
-        passed = abs(error) <= ERROR_LIMIT
-        cases.append(case(plant.name, parameters, metrics, passed, "" if passed else f"above {ERROR_LIMIT:.0%}"))
-        print(
-            f"{plant.name:28s} counter {known.value * 1e3:9.3f} ± {(known.half_width or 0) * 1e3:.3f} mJ  "
-            f"account {guessed.value * 1e3:9.3f} ± {(guessed.half_width or 0) * 1e3:.3f} mJ  {error:+6.1%}  "
-            f"by duration {naive:+6.1%}",
-            flush=True,
-        )
-        write("attribution", cases, arguments.results)
+    with tempfile.TemporaryDirectory() as folder:
+        # What one case replays of the model the next need not; what the user has cached is left alone.
+        os.environ["XDG_CACHE_HOME"] = folder
+        for number, plant in enumerate(GPU_PLANTS if device.kind == "cuda" else CPU_PLANTS):
+            if arguments.only and plant.name not in arguments.only:
+                continue
+            work = plant.make(device.torch_device)
+            planted = Planted(loaded.model, plant, work, annotator)
+            path = (arguments.runs or Path(folder)) / f"planted-{number}"
+            run = record(device, generation, loaded.model, annotator, planted, options, path)
+            guessed = guess(run, plant, work, planted.calls_per_step)
+            meters = device.meters()
+            with ExitStack() as stack:
+                for meter in meters:
+                    meter.start()
+                    stack.callback(meter.stop)
+                time.sleep(0.5)
+                known = truth(generation, loaded.model, meters, plant, work, arguments.rounds)
+            annotator.drain()
+            cases.append(compare(plant, known, guessed, parameters))
+            write("attribution", cases, arguments.results)
 
 
 if __name__ == "__main__":

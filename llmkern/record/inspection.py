@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from llmkern.record.annotate import Annotator, columns
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation
+from llmkern.record.graphs import OPERATOR, graph_signature, launches_seen
 from llmkern.record.operators import computes, copied, describe, flops, may_copy, moved_bytes, signature
 from llmkern.record.pump import Pump
 from llmkern.run import RunWriter
@@ -53,7 +54,7 @@ class OpCall:
 
 
 class Inspector(TorchDispatchMode):
-    """Notes every operator that computes something on the thread that entered it.
+    """Notes every operator that computes something on the thread that entered it, and every launch of a CUDA graph.
 
     *phase_and_token* tells where the generation is. FLOPs are those of PyTorch's own counter and, for bitsandbytes'
     products, 2 x outputs x inputs; bytes are each tensor read once and each result written once.
@@ -82,7 +83,7 @@ class Inspector(TorchDispatchMode):
             module_hooks.register_module_forward_hook(leave, always_call=True),
         ]
         try:
-            with self:
+            with self, launches_seen(self._graph):
                 yield
         finally:
             for hook in hooks:
@@ -97,29 +98,25 @@ class Inspector(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         inputs = [x for x in leaves if isinstance(x, torch.Tensor)]
         if computes(func) or (may_copy(func) and copied(inputs, result)):
-            phase, token = self._where()
-            module = next((name for name in reversed(self._stack) if name), "")
-            layer = _LAYER.search(module)
             shapes, dtypes = describe(leaves)
             outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
-            self.calls.append(
-                OpCall(
-                    start_ns,
-                    end_ns,
-                    self._thread,
-                    phase,
-                    token,
-                    str(func),
-                    module,
-                    int(layer[1]) if layer else None,
-                    shapes,
-                    dtypes,
-                    signature(str(func), shapes, dtypes),
-                    moved_bytes(str(func), inputs, outputs),
-                    flops(func, args, kwargs, result, inputs, outputs),
-                )
+            self._note(
+                *(start_ns, end_ns, str(func), shapes, dtypes, signature(str(func), shapes, dtypes)),
+                *(moved_bytes(str(func), inputs, outputs), flops(func, args, kwargs, result, inputs, outputs)),
             )
         return result
+
+    def _graph(self, graph: Any, start_ns: int, end_ns: int) -> None:
+        self._note(start_ns, end_ns, OPERATOR, "", "", graph_signature(graph), 0, 0)
+
+    def _note(self, start_ns: int, end_ns: int, op: str, shapes: str, dtypes: str, *rest: Any) -> None:
+        phase, token = self._where()
+        module = next((name for name in reversed(self._stack) if name), "")
+        layer = _LAYER.search(module)
+        number = int(layer[1]) if layer else None
+        self.calls.append(
+            OpCall(start_ns, end_ns, self._thread, phase, token, op, module, number, shapes, dtypes, *rest)
+        )
 
 
 def inspect(

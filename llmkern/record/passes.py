@@ -126,7 +126,7 @@ def _replay(
     if not wanted:
         return
     keeper = Keeper(model, set(wanted))
-    with keeper:
+    with keeper.keeping():
         generation(NEW_TOKENS)
     annotator.drain()
     cases = [keeper.cases[name] for name in wanted if name in keeper.cases]

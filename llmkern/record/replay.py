@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llmkern.record.annotate import Annotator
 from llmkern.record.device import Device, EnergyMeter
+from llmkern.record.graphs import graph_signature, is_graph, launches_seen
 from llmkern.record.operators import computes, may_copy, signature_of
 from llmkern.record.weigh import pace, wait_for_ticks
 from llmkern.workload.load import stored_tensors
@@ -73,6 +74,18 @@ class Keeper(TorchDispatchMode):
             if signature in self._wanted:
                 self._keep(signature, func, args, kwargs)
         return func(*args, **kwargs)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep arguments, and CUDA graphs, for the time."""
+        with self, launches_seen(self._graph):
+            yield
+
+    def _graph(self, graph: Any, _start_ns: int, _end_ns: int) -> None:
+        name = graph_signature(graph)
+        if name in self._wanted:
+            # Looked up at each launch: now the method still reports to us.
+            self.cases[name] = Case(name, lambda: graph.replay(), [((), {})])
 
     def _is_weight(self, leaf: Any) -> bool:
         return isinstance(leaf, torch.Tensor) and leaf.data_ptr() in self._weights
@@ -142,7 +155,8 @@ def burst_of(device: Device, case: Case) -> Iterator[tuple[Callable[[], None], i
         for index in range(count):
             case.run(index)
 
-    graph = _captured(device, eager)
+    # A graph cannot be captured in another.
+    graph = None if is_graph(case.signature) else _captured(device, eager)
     if graph is None:
         yield eager, count, False
     else:

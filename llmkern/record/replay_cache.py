@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from llmkern.record.graphs import is_graph
+
 COLUMNS = ["key", "signature", "duty", "launches", "seconds", "dynamic_j", "floor_w"]
 
 
@@ -42,7 +44,11 @@ def _read(file: Path) -> pd.DataFrame:
 
 
 def store(key: str, windows: pd.DataFrame, file: Path | None = None) -> None:
-    """Add *windows* (COLUMNS without key) in place of those of the same signatures; a full disk costs only time."""
+    """Add *windows* (COLUMNS without key) in place of those of the same signatures; a full disk costs only time.
+
+    A CUDA graph has a name in its own process only, and is not kept.
+    """
+    windows = windows[~windows["signature"].astype(str).map(is_graph).astype(bool)]
     target = file or cache_file()
     old = _read(target)
     replaced = (old["key"] == key) & old["signature"].isin(set(windows["signature"]))
