@@ -148,6 +148,7 @@ PYBIND11_MODULE(_recorder, m) {
              return d;
            })
       .def("set_tick_interval_s", &NvmlSampler::set_tick_interval_s, py::arg("seconds"))
+      .def("set_field_interval_s", &NvmlSampler::set_field_interval_s, py::arg("seconds"))
       .def("wait_for_tick", &NvmlSampler::wait_for_tick, py::arg("timeout_s"), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("tick_period_ms", &NvmlSampler::tick_period_ms)
       .def_property_readonly("busy_s", &NvmlSampler::busy_s)

@@ -260,6 +260,8 @@ void NvmlSampler::set_tick_interval_s(double seconds) {
   stopping_.notify_all();
 }
 
+void NvmlSampler::set_field_interval_s(double seconds) { field_interval_ns_ = static_cast<int64_t>(seconds * 1e9); }
+
 void NvmlSampler::record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t energy_mj) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -275,7 +277,8 @@ void NvmlSampler::record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t e
 }
 
 int64_t NvmlSampler::read_fields(int64_t now) {
-  const int64_t field_period_ns = interval_ns_ > 0 ? kRareFieldPeriodNs : kFieldPeriodNs;
+  const int64_t wanted_ns = field_interval_ns_;
+  const int64_t field_period_ns = wanted_ns > 0 ? wanted_ns : interval_ns_ > 0 ? kRareFieldPeriodNs : kFieldPeriodNs;
   nvml::FieldValue values[3];
   Sensor sensors[3];
   int count = 0;

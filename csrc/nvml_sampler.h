@@ -54,6 +54,8 @@ class NvmlSampler {
   // Reads about one tick in `seconds` from now on (0: every tick). A read costs milliseconds inside the driver, and
   // launches wait for it; the counter integrates, so that ticks left out lose nothing.
   void set_tick_interval_s(double seconds);
+  // Reads power fields, clock and temperature every `seconds`; 0: as often as a run needs them.
+  void set_field_interval_s(double seconds);
   // The next tick of the energy counter after the call: (time, mJ); nothing after `timeout_s`.
   std::optional<std::pair<int64_t, int64_t>> wait_for_tick(double timeout_s);
   std::optional<double> tick_period_ms() const;
@@ -86,7 +88,7 @@ class NvmlSampler {
   int64_t last_tick_ns_ = 0;
   int64_t period_ns_;
   std::deque<int64_t> periods_ns_;
-  std::atomic<int64_t> interval_ns_{0}, busy_ns_{0};
+  std::atomic<int64_t> interval_ns_{0}, field_interval_ns_{0}, busy_ns_{0};
   bool locked_ = false;
   unsigned long long last_sample_us_ = 0;
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.by_ranges import ByRanges, energy_by_ranges
+from llmkern.attribute.calibration import calibrate, choose
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.run import RunFolder
@@ -78,7 +79,10 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
     by_ranges = None
     if curve is not None:
-        sample_ns, sample_w = _samples(curve, power if device is not None else power.iloc[:0], books)
+        sensors = calibrate(run)
+        # Without a self-test (an older run, a CPU) the samples are taken where there are any.
+        fine = device is not None and (not sensors or choose(sensors)[0] == "samples")
+        sample_ns, sample_w = _samples(curve, power if fine else power.iloc[:0], books)
         by_ranges = energy_by_ranges(sample_ns, sample_w, windows[windows["new_tokens"] == longest], marks)
     phases = _phases(measured, marks, by_ranges)
     if not phases:

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
+from llmkern.record.device import Columns, EnergyMeter, KernelRecorder, matmul_for
 from llmkern.record.operators import computes, copied, may_copy
 from llmkern.record.rapl import RaplMeter, package_zones
 
@@ -42,6 +42,9 @@ class CpuDevice:
 
     def capability(self) -> tuple[int, int] | None:
         return None
+
+    def work(self, seconds: float) -> None:
+        matmul_for(self.torch_device, 256, torch.float32, seconds, self.synchronize)
 
     def meters(self) -> list[EnergyMeter]:
         zones, _ = package_zones()

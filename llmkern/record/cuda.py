@@ -12,11 +12,13 @@ import pyarrow as pa
 import torch
 
 from llmkern.errors import DeviceError
-from llmkern.record.device import Columns, EnergyMeter, KernelRecorder
+from llmkern.record.device import Columns, EnergyMeter, KernelRecorder, matmul_for
 from llmkern.record.rapl import RaplMeter, package_zones
 
 # Set by the tools that launch a program under their own CUPTI; the name in the message saves the user a search.
 _NSYS_SESSION = "NSYS_PROFILING_SESSION_ID"
+# How often the self-test reads the power fields: several times in each of their refresh periods.
+CLOSE_S = 0.01
 _INJECTORS = {_NSYS_SESSION: "Nsight Systems", "CUDA_INJECTION64_PATH": "an injected tool"}
 
 
@@ -68,6 +70,9 @@ class CudaDevice:
 
     def capability(self) -> tuple[int, int] | None:
         return self._properties.major, self._properties.minor
+
+    def work(self, seconds: float) -> None:
+        matmul_for(self.torch_device, 4096, torch.bfloat16, seconds, self.synchronize)
 
     def meters(self) -> list[EnergyMeter]:
         zones, _ = package_zones()
@@ -125,6 +130,9 @@ class NvmlMeter:
 
     def pace(self, every_s: float) -> None:
         self._sampler.set_tick_interval_s(every_s)
+
+    def watch_closely(self, closely: bool) -> None:
+        self._sampler.set_field_interval_s(CLOSE_S if closely else 0.0)
 
     def drain(self) -> dict[str, Columns]:
         rows = self._sampler.drain()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,10 @@ class EnergyMeter(Protocol):
 
     def pace(self, every_s: float) -> None:
         """Read about one tick in *every_s* seconds from now on; 0 reads every tick."""
+        ...
+
+    def watch_closely(self, closely: bool) -> None:
+        """Read power as often as its sensors refresh, or again as a run needs it."""
         ...
 
     def busy_s(self) -> float:
@@ -80,6 +85,10 @@ class Device(Protocol):
 
     def capability(self) -> tuple[int, int] | None: ...
 
+    def work(self, seconds: float) -> None:
+        """Keep the device as busy as it gets for about *seconds*, and return when it is done."""
+        ...
+
     def meters(self) -> list[EnergyMeter]: ...
 
     def recorder(self) -> KernelRecorder: ...
@@ -87,3 +96,17 @@ class Device(Protocol):
     def check_unprofiled(self) -> None:
         """Raise DeviceError when another profiler is known to watch this process."""
         ...
+
+
+def matmul_for(
+    device: torch.device, size: int, dtype: torch.dtype, seconds: float, synchronize: Callable[[], None]
+) -> None:
+    """Multiply matrices for about *seconds*, never more than a few products ahead of the device."""
+    # Random: constant operands switch few bits and draw much less.
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    synchronize()
+    end_s = time.perf_counter() + seconds
+    while time.perf_counter() < end_s:
+        for _ in range(8):
+            a @ a
+        synchronize()

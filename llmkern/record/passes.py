@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from llmkern.attribute.attribution import attribute
+from llmkern.attribute.calibration import calibrate
 from llmkern.attribute.replayed import worth_replaying
 from llmkern.progress import Stages
 from llmkern.record import environment, replay_cache
@@ -20,6 +21,7 @@ from llmkern.record.inspection import NEW_TOKENS, inspect
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
 from llmkern.record.replay import DUTIES, Keeper, replay
+from llmkern.record.selftest import CYCLES, drive_sensors
 from llmkern.record.timing import ranges, record_timeline
 from llmkern.record.weigh import SHORTEST_WINDOW_S, OwnCost, WeighPlan, idle, plan_windows, warm_up, weigh
 from llmkern.run import RunFolder, RunWriter
@@ -40,6 +42,9 @@ def record_passes(
         for meter in meters:
             meter.start()
             stack.callback(meter.stop)
+        if meters and device.kind == "cuda":
+            with stages.stage("Testing the sensors", CYCLES) as advance:
+                _test_sensors(device, annotator, meters, writer, advance)
         with stages.stage("Warming up", options.warmup) as advance:
             prefill_s, generate_s = warm_up(generation, options.warmup, options.new_tokens, advance)
         annotator.drain()
@@ -73,6 +78,19 @@ def record_passes(
         if meters and not options.quick:
             key = None if options.no_cache else replay_cache.cache_key(writer.facts["device"], environment.versions())
             _replay(device, generation, model, annotator, meters, writer, stages, key)
+
+
+def _test_sensors(
+    device: Device,
+    annotator: Annotator,
+    meters: list[EnergyMeter],
+    writer: RunWriter,
+    advance: Callable[[], None],
+) -> None:
+    drains: list[Callable[[], Any]] = [meter.drain for meter in meters]
+    with Pump(writer, [lambda: ranges(annotator, "selftest"), *drains]):
+        drive_sensors(device, annotator, meters, advance)
+    writer.write_facts(calibration={s.name: asdict(s) for s in calibrate(RunFolder(writer.path)).values()})
 
 
 def _together(recordings: list[dict[str, Any]]) -> dict[str, Any]:

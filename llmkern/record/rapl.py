@@ -106,6 +106,9 @@ class RaplMeter:
     def pace(self, every_s: float) -> None:
         """Do nothing: a read of the file costs microseconds."""
 
+    def watch_closely(self, closely: bool) -> None:
+        """Do nothing: there is one counter, and it is read all the time."""
+
     def drain(self) -> dict[str, Columns]:
         with self._tick:
             rows, self._rows = self._rows, []

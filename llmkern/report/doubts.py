@@ -13,6 +13,8 @@ RECORDER_LIMIT = 0.05
 # Decode by difference and by ranges measure the same thing twice; further apart one of them is disturbed.
 AGREEMENT_LIMIT = 0.02
 SENSOR_LIMIT = 0.03
+# A difference of less than this share of its parts says little.
+LEAST_SHARE = 0.15
 _THROTTLE = {
     0x4: "the software power cap",
     0x8: "a hardware slowdown",
@@ -65,6 +67,8 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
             "Kernels are given equal power here: energy by duration, so that a light kernel counts too much and a "
             "heavy one too little; without --quick operators are replayed to tell them apart."
         )
+    found += _sensors(run)
+    found += _too_short(run, attribution)
     rounds = sum(energy_j == energy_j for energy_j in next(iter(weighed.phases.values())).energy_samples_j)
     if rounds < 3:
         found.append(f"{rounds} round(s) of windows give no useful interval: use --repeats 10.")
@@ -83,6 +87,38 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
                 f"{floor.highest_c:.0f} °C and extended by {beyond:.0f} °C."
             )
     return found
+
+
+def _sensors(run: RunFolder) -> list[str]:
+    """Say what this board's sensors cannot tell."""
+    missing = run.facts.get("sensors", {}).get("nvml_total", {}).get("unsupported", {})
+    found = []
+    if "power_samples" in missing:
+        found.append(
+            f"This board gives no 20 ms power samples ({missing['power_samples']}): energy by ranges rests on the "
+            "counter's ticks alone, and is the coarser for it."
+        )
+    if "memory_average" in missing:
+        found.append(
+            f"This board gives no memory power ({missing['memory_average']}): HBM cannot be told from the rest."
+        )
+    return found
+
+
+def _too_short(run: RunFolder, attribution: Attribution) -> list[str]:
+    """Say where a phase is too small a part of what was weighed for its energy to be known."""
+    weighed = attribution.weighed
+    if weighed is None or not {"prefill", "decode"} <= set(weighed.phases):
+        return []
+    tokens = int(run.facts["options"]["new_tokens"]) - 1
+    decode_s = tokens * weighed.phases["decode"].latency_s.value
+    share = decode_s / (decode_s + weighed.phases["prefill"].latency_s.value)
+    if share >= LEAST_SHARE:
+        return []
+    return [
+        f"Too short to attribute decode: it is {share:.0%} of generate({tokens + 1}), less than {LEAST_SHARE:.0%}, and "
+        "its energy the difference of two nearly equal ones; use more --new-tokens."
+    ]
 
 
 def _recorder(facts: dict[str, Any], attribution: Attribution) -> list[str]:

@@ -12,7 +12,9 @@ from rich.text import Text
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution, attribute
+from llmkern.attribute.calibration import calibrate, choose, describe
 from llmkern.attribute.estimate import Estimate
+from llmkern.attribute.memory import memory_energy
 from llmkern.report.doubts import doubts
 from llmkern.report.text import count, gap_name, quantity, short_name, with_interval
 from llmkern.run import RunFolder, write_table
@@ -116,6 +118,9 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
         ("idle floor", [with_interval(a.floor_w, "W") for a in accounts]),
         ("recorder's effect", [f"{a.recorder_effect:+.1%}" for a in accounts]),
     ]
+    if attribution.weighed is not None:
+        memory = memory_energy(run, attribution.weighed, attribution.device)
+        rows.append(("of the energy, HBM", [with_interval(memory.get(a.phase), "J") for a in accounts]))
     if attribution.host is not None:
         host = attribution.host.phases
         rows.append(("host CPU package", [with_interval(host[a.phase].energy_j, "J") for a in accounts]))
@@ -219,6 +224,10 @@ def _books(run: RunFolder, attribution: Attribution) -> list[str]:
                 f"Idle floor {with_interval(weighed.floor.at(weighed.temperature_c), 'W')} at the run's "
                 f"{weighed.temperature_c:.0f} °C, from {weighed.floor.samples} idle samples{slope_text}."
             )
+    sensors = calibrate(run)
+    if sensors:
+        lines.append(f"Sensor test: {'; '.join(map(describe, sensors.values()))}.")
+        lines.append(f"Times within a phase by the {choose(sensors)[0]}: {choose(sensors)[1]}.")
     if weighed is not None and "decode" in weighed.phases:
         decode = weighed.phases["decode"]
         apart = decode.latency_by_ranges_s.value / decode.latency_s.value - 1

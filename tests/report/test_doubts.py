@@ -79,3 +79,20 @@ def test_steps_that_differ_from_those_inspected_are_told(tmp_path: Path) -> None
     found = Identified(op, [Mismatch("decode", 3, 17, 100, 5)])
     (line,) = (x for x in doubts(run, replace(attribution, identified=found)) if "inspected" in x)
     assert "the first at kernel 17 of decode token 3" in line
+
+
+def test_what_the_sensors_cannot_tell_is_said(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    unsupported = {"power_samples": "NOT_SUPPORTED", "memory_average": "INVALID_ARGUMENT"}
+    run.facts["sensors"] = {"nvml_total": {"unsupported": unsupported}}
+    text = said(run)
+    assert "no 20 ms power samples (NOT_SUPPORTED)" in text
+    assert "no memory power (INVALID_ARGUMENT): HBM cannot be told from the rest" in text
+
+
+def test_a_decode_too_short_to_attribute_is_said(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "long")
+    assert "Too short to attribute" not in said(run)
+    short, _ = synthetic_run(tmp_path / "short", new_tokens=2, prefill_s=0.5)
+    assert "Too short to attribute decode: it is" in said(short)
+    assert "use more --new-tokens" in said(short)
