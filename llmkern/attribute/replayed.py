@@ -153,7 +153,7 @@ def _phase(account: PhaseAccount, steps: pd.DataFrame, marginals: Marginals, wei
 
 
 def worth_replaying(
-    kernels: pd.DataFrame, timeline: Timeline, phases: list[str], share: float = 0.97, most: int = 15
+    kernels: pd.DataFrame, timeline: Timeline, phases: list[str], share: float = 0.97, most: int = 12
 ) -> list[str]:
     """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them."""
     longest: dict[str, float] = {}

@@ -153,10 +153,10 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
     title = f"Top {what} of {account.phase}, per {account.unit}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     table.add_column("kernel" if what == "kernels" else "between", ratio=1, no_wrap=True, overflow="ellipsis")
-    for column in ("count", "each", "time", "energy", "share"):
+    for column in ("count", "each", *_columns(account)):
         table.add_column(column, justify="right", no_wrap=True)
     if rows.empty:
-        table.add_row("none", "", "", "", "", "")
+        table.add_row("none")
         return table
     records = rows.head(top).to_dict("records")
     rest = rows.iloc[top:]
@@ -178,11 +178,13 @@ def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("module", ratio=1, no_wrap=True, overflow="ellipsis")
-    for column in ("kernels", "time", "energy", "share"):
+    for column in ("kernels", *_columns(account)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in _sorted(rows, account).head(top).to_dict("records"):
-        name = str(row["op"]).removesuffix(".default")
-        table.add_row(name, str(row["module"]), count(float(row["launches"])), *_time_and_energy(row, account))
+        # Eighty columns have no room for what all of them begin with.
+        name = str(row["op"]).removeprefix("aten.").removeprefix("bitsandbytes.").removesuffix(".default")
+        module = str(row["module"]).removeprefix("model.layers.")
+        table.add_row(name, module, count(float(row["launches"])), *_time_and_energy(row, account))
     return table
 
 
@@ -190,14 +192,20 @@ def _sorted(rows: pd.DataFrame, account: PhaseAccount) -> pd.DataFrame:
     return rows.sort_values("energy_j" if account.joules is not None else "duration_ns", ascending=False)
 
 
-def _time_and_energy(record: dict[Any, Any], account: PhaseAccount) -> tuple[str, str, str]:
-    """Return time, energy with its interval where it has one, and the share of the phase's energy or else time."""
+def _columns(account: PhaseAccount) -> tuple[str, ...]:
+    return ("time", "share") if account.joules is None else ("time", "energy", "share")
+
+
+def _time_and_energy(record: dict[Any, Any], account: PhaseAccount) -> tuple[str, ...]:
+    """Return the values of _columns: energy with its interval where it has one, else the share of the phase's time."""
     duration_ns, energy_j = float(record["duration_ns"]), float(record["energy_j"])
+    time_text = quantity(duration_ns / 1e9, "s")
+    energy = account.weight.energy_j
+    if account.joules is None or energy is None:
+        return time_text, f"{duration_ns / 1e9 / account.weight.latency_s.value:.1%}"
     low, high = float(record.get("low_j", "nan")), float(record.get("high_j", "nan"))
     text = quantity(energy_j, "J") if low != low else with_interval(Estimate(energy_j, low, high), "J")
-    whole = account.weight.energy_j.value if account.weight.energy_j else account.weight.latency_s.value * 1e9
-    part = energy_j if account.weight.energy_j else duration_ns
-    return quantity(duration_ns / 1e9, "s"), text, f"{part / whole:.1%}"
+    return time_text, text, f"{energy_j / energy.value:.1%}"
 
 
 def _books(run: RunFolder, attribution: Attribution) -> list[str]:
