@@ -159,13 +159,13 @@ def record(
     generation: Generation,
     model: torch.nn.Module,
     annotator: Annotator,
-    planted: Planted,
+    planted: Planted | None,
     options: TraceOptions,
     folder: Path,
 ) -> RunFolder:
-    """Record a run with the planted work; what is replayed in it is cached for the cases to come."""
+    """Record a run, with planted work if any; what is replayed in it is cached for the cases to come."""
     writer = RunWriter(folder, {"device": device.facts(), "options": options.facts()})
-    with planted.growing():
+    with planted.growing() if planted is not None else nullcontext():
         record_passes(device, generation, model, annotator, writer, Stages(quiet=True), options)
     writer.finish()
     run = RunFolder(folder)

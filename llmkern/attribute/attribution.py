@@ -13,7 +13,7 @@ from llmkern.attribute.account import PhaseAccount, account_phase
 from llmkern.attribute.identify import NONE, UNIDENTIFIED, Identified, identify
 from llmkern.attribute.joules import ENERGIES, summed, without_energy
 from llmkern.attribute.marginal import Marginals
-from llmkern.attribute.replayed import account_replays
+from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.timeline import Timeline, build_timeline
 from llmkern.attribute.weighed import Weighed, weigh_phases
 from llmkern.run import TABLES, RunFolder
@@ -24,7 +24,7 @@ class Attribution:
     """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
 
     ``kernels`` are those of the timeline with the signature, op and module that launched them (UNIDENTIFIED and ""
-    where that is not known), ``marginals`` the joules per launch where operators were replayed.
+    where that is not known), ``marginals`` the joules per launch where operators were replayed, from ``evidence``.
     """
 
     accounts: dict[str, PhaseAccount]
@@ -34,6 +34,7 @@ class Attribution:
     kernels: pd.DataFrame
     identified: Identified | None
     marginals: Marginals | None
+    evidence: Evidence | None
     host: Weighed | None
     sensor: str
     device: int | None
@@ -70,13 +71,13 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
                 accounts[phase] = account
     identified = identify(run, timeline, index) if run.has("ops") else None
     kernels = _described(run, timeline, identified)
-    marginals = None
+    marginals = evidence = None
     if weighed is not None and not equal_power:
         limit_mw = device.get("power_limit_mw")
         limit_w = math.inf if limit_mw is None else limit_mw / 1e3
-        found = account_replays(run, weighed, accounts, timeline, kernels, (sensor, counted), limit_w)
-        if found is not None:
-            marginals, joules = found
+        evidence = gather(run, weighed, accounts, timeline, kernels, (sensor, counted), limit_w)
+        if evidence is not None:
+            marginals, joules = by_marginals(evidence, weighed, accounts)
             accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}
     rows = [part for account in accounts.values() for part in _rows(account, timeline, kernels)]
     frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
@@ -88,6 +89,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         kernels,
         identified,
         marginals,
+        evidence,
         host,
         sensor,
         counted,

@@ -139,13 +139,14 @@ class Unknowns:
 class Marginals:
     """Joules per launch above the floor of each unknown, with the draws that their intervals come from.
 
-    ``groups`` are signatures that no window tells apart: each got the prior's share of what they took together.
-    ``residuals_j`` is energy minus model per window; ``condition`` that of the scaled system without the prior and with
-    each group as one. ``floor_draws_w`` and ``slope_draws`` are the errors of the floor that each draw assumed, so that
-    what is at the floor can be drawn alike.
+    ``prior`` are J per second, byte and FLOP. ``groups`` are signatures that no window tells apart: each got the
+    prior's share of what they took together. ``residuals_j`` is energy minus model per window; ``condition`` that of
+    the scaled system without the prior and with each group as one. ``floor_draws_w`` and ``slope_draws`` are the errors
+    of the floor that each draw assumed, so that what is at the floor can be drawn alike.
     """
 
     unknowns: Unknowns
+    prior: np.ndarray
     values_j: np.ndarray
     draws_j: np.ndarray
     floor_draws_w: np.ndarray
@@ -161,6 +162,10 @@ class Marginals:
         """
         row = self.unknowns.row({name: 1.0}, context, mean_w)
         return interval(float(row @ self.values_j), self.draws_j @ row)
+
+    def guess_j(self, features: Features) -> float:
+        """Return what the prior makes of a signature that ran in no window, in J per launch."""
+        return float(np.array([features.seconds, features.moved_bytes, features.flops]) @ self.prior)
 
     @property
     def replayed(self) -> list[str]:
@@ -206,7 +211,8 @@ def estimate_marginals(
     traits = np.array([[features[n].seconds, features[n].moved_bytes, features[n].flops] for n in names])[owners]
     most_j = most_w * traits[:, 0]
     # Half of what is possible leaves room on both sides.
-    guess_j = np.minimum(traits @ _prior_weights(counts, traits, dynamic_j, sigma_j), most_j / 2)
+    prior = _prior_weights(counts, traits, dynamic_j, sigma_j)
+    guess_j = np.minimum(traits @ prior, most_j / 2)
     width_j = np.maximum(np.minimum(math.expm1(PRIOR_SIGMA) * guess_j, (most_j - guess_j) / 2), 1e-9)
     ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j)
     values = _solve(counts, dynamic_j, sigma_j, guess_j, width_j, ties, np.zeros(len(ties)))
@@ -226,7 +232,7 @@ def estimate_marginals(
         draws[i] = _solve(counts, drawn_j, sigma_j, prior_j, width_j, ties, random.normal(0.0, 1.0, len(ties)))
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
-    return Marginals(unknowns, values, draws, level_draws, slope_draws, groups, residuals, condition)
+    return Marginals(unknowns, prior, values, draws, level_draws, slope_draws, groups, residuals, condition)
 
 
 def _unknowns(windows: Sequence[Window]) -> Unknowns:

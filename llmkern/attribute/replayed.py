@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,18 @@ from llmkern.run import RunFolder
 _RUN_WINDOW_S = 2.0
 
 
-def account_replays(
+@dataclass(frozen=True)
+class Evidence:
+    """What a run says of joules per launch: its windows, and of each signature its features and launches per phase."""
+
+    windows: list[Window]
+    features: dict[str, Features]
+    steps: dict[str, pd.DataFrame]
+    doubt: FloorDoubt
+    most_w: float
+
+
+def gather(
     run: RunFolder,
     weighed: Weighed,
     accounts: Mapping[str, PhaseAccount],
@@ -29,8 +41,8 @@ def account_replays(
     kernels: pd.DataFrame,
     sensor: tuple[str, int | None],
     limit_w: float = math.inf,
-) -> tuple[Marginals, dict[str, MarginalJoules]] | None:
-    """Return the joules per launch and, for each of *accounts*, those of its kernels.
+) -> Evidence | None:
+    """Return the evidence of *run* in its replays and its weighed phases.
 
     *kernels* are the timeline's with op_index, signature and duration_ns, *sensor* the counter's name and device,
     *limit_w* the board's power limit. None without replays, an energy counter or an idle floor.
@@ -39,17 +51,28 @@ def account_replays(
     curve = counter_of(run, *sensor)
     if replays.empty or curve is None or weighed.floor is None or not accounts:
         return None
-    ops = run.table("ops")
     steps = {phase: signature_steps(kernels, timeline, phase) for phase in accounts}
-    features = _features(steps, ops)
+    features = _features(steps, run.table("ops"))
     power = run.table("power", ["timestamp_ns", "temperature_c", "device"])
     windows = list(replay_windows(replays, curve, weighed, _of_device(power, sensor[1])).values())
     windows += [w for phase, frame in steps.items() for w in _run_windows(weighed, phase, frame)]
-    windows = [w for w in windows if set(w.launches) <= set(features)]
-    doubt = FloorDoubt(weighed.floor.level_sigma_w, weighed.floor.slope_sigma)
-    most_w = limit_w - weighed.floor.reference_w
-    marginals = estimate_marginals(windows, features, doubt=doubt, most_w=most_w)
-    return marginals, {phase: _phase(account, steps[phase], marginals, weighed) for phase, account in accounts.items()}
+    return Evidence(
+        [w for w in windows if set(w.launches) <= set(features)],
+        features,
+        steps,
+        FloorDoubt(weighed.floor.level_sigma_w, weighed.floor.slope_sigma),
+        limit_w - weighed.floor.reference_w,
+    )
+
+
+def by_marginals(
+    evidence: Evidence, weighed: Weighed, accounts: Mapping[str, PhaseAccount]
+) -> tuple[Marginals, dict[str, MarginalJoules]]:
+    """Return the joules per launch that *evidence* gives, and for each of *accounts* those of its kernels."""
+    marginals = estimate_marginals(evidence.windows, evidence.features, doubt=evidence.doubt, most_w=evidence.most_w)
+    return marginals, {
+        phase: _phase(account, evidence.steps[phase], marginals, weighed) for phase, account in accounts.items()
+    }
 
 
 def signature_steps(kernels: pd.DataFrame, timeline: Timeline, phase: str) -> pd.DataFrame:

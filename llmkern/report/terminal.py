@@ -164,7 +164,8 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
         before, arrow, after = str(record["name"]).partition(" → ")
         record["name"] = gap_name(before, after) if arrow else short_name(before)
     if len(rest):
-        sums = rest[["launches", "duration_ns", "energy_j"]].sum(min_count=1).to_dict()
+        # Ends of intervals are added as if all erred alike: so gaps do, and for kernels it is the most that it can be.
+        sums = rest[["launches", "duration_ns", "energy_j", "low_j", "high_j"]].sum(min_count=1).to_dict()
         records.append({"name": f"{len(rest)} others", **sums})
     for record in records:
         launches, duration_ns = float(record["launches"]), float(record["duration_ns"])
