@@ -16,6 +16,7 @@ from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.timeline import Timeline, build_timeline
 from llmkern.attribute.weighed import Weighed, weigh_phases
+from llmkern.explain.kinds import kinds
 from llmkern.run import TABLES, RunFolder
 
 
@@ -23,8 +24,9 @@ from llmkern.run import TABLES, RunFolder
 class Attribution:
     """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
 
-    ``kernels`` are those of the timeline with the signature, op and module that launched them (UNIDENTIFIED and ""
-    where that is not known), ``marginals`` the joules per launch where operators were replayed, from ``evidence``.
+    ``kernels`` are those of the timeline with the signature, op, module and shapes that launched them (UNIDENTIFIED
+    and "" where that is not known), ``marginals`` the joules per launch where operators were replayed, from
+    ``evidence``.
     """
 
     accounts: dict[str, PhaseAccount]
@@ -39,12 +41,12 @@ class Attribution:
     sensor: str
     device: int | None
 
-    def operators(self, phase: str) -> pd.DataFrame:
-        """Return op, module, launches (kernels), duration_ns and energies per unit of *phase*, the longest first.
+    def split(self, phase: str, keys: list[str]) -> pd.DataFrame:
+        """Return *keys* (columns of ``kernels``), launches, duration_ns and energies per unit of *phase*.
 
-        The number of a layer is written as ``*``.
+        The longest comes first; the number of a layer is written as ``*``.
         """
-        return _split(self.accounts[phase], _per_unit(self.kernels, self.timeline, phase), ["op", "module"])
+        return _split(self.accounts[phase], _per_unit(self.kernels, self.timeline, phase), keys)
 
 
 def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
@@ -71,6 +73,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
                 accounts[phase] = account
     identified = identify(run, timeline, index) if run.has("ops") else None
     kernels = _described(run, timeline, identified)
+    kernels = kernels.assign(kind=kinds(kernels))
     marginals = evidence = None
     if weighed is not None and not equal_power:
         limit_mw = device.get("power_limit_mw")
@@ -101,8 +104,8 @@ def _described(run: RunFolder, timeline: Timeline, identified: Identified | None
     duration_ns = (kernels["end_ns"] - kernels["start_ns"]).astype(float)
     kernels = kernels.assign(duration_ns=duration_ns, launches=1.0)
     if identified is None:
-        return kernels.assign(op_index=NONE, signature=UNIDENTIFIED, op=UNIDENTIFIED, module="")
-    ops = run.table("ops", ["op", "module", "signature"])
+        return kernels.assign(op_index=NONE, signature=UNIDENTIFIED, op=UNIDENTIFIED, module="", shapes="")
+    ops = run.table("ops", ["op", "module", "signature", "shapes"])
     known = identified.op != NONE
     # The layers of a model differ in nothing but their number.
     modules = ops["module"].astype(object).fillna("").astype(str).str.replace(r"\.\d+(?=\.|$)", ".*", regex=True)
@@ -111,6 +114,7 @@ def _described(run: RunFolder, timeline: Timeline, identified: Identified | None
         signature=np.where(known, ops["signature"].astype(object).to_numpy()[identified.op], UNIDENTIFIED),
         op=np.where(known, ops["op"].astype(object).to_numpy()[identified.op], UNIDENTIFIED),
         module=np.where(known, modules.to_numpy()[identified.op], ""),
+        shapes=np.where(known, ops["shapes"].astype(object).fillna("").to_numpy()[identified.op], ""),
     )
 
 

@@ -37,6 +37,8 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
     console.print()
     if attribution.accounts:
         console.print(_phase_table(run, attribution))
+        console.print()
+        console.print(_kinds(attribution))
         for account in reversed(list(attribution.accounts.values())):
             console.print()
             console.print(_top(attribution, account, "kernels", top))
@@ -44,7 +46,7 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
             console.print(_top(attribution, account, "gaps", top))
             if attribution.identified is not None:
                 console.print()
-                console.print(_operators(account, attribution.operators(account.phase), top))
+                console.print(_operators(account, attribution.split(account.phase, ["op", "module"]), top))
     elif attribution.weighed is not None:
         console.print("The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:")
         console.print(_weighed_table(attribution))
@@ -143,6 +145,28 @@ def _weighed_table(attribution: Attribution) -> Table:
     for weight in attribution.weighed.phases.values():
         unit = f"{weight.phase}, per {weight.unit}"
         table.add_row(unit, with_interval(weight.latency_s, "s"), with_interval(weight.energy_j, "J"))
+    return table
+
+
+def _kinds(attribution: Attribution) -> Table:
+    """Return what each kind of kernel takes, phases side by side, in the order of the last phase."""
+    accounts = list(attribution.accounts.values())
+    table = Table(title="By kind", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("kind")
+    for account in accounts:
+        table.add_column(account.phase, justify="right")
+        for column in _columns(account)[1:]:
+            table.add_column(column, justify="right")
+    rows = [
+        {str(row["kind"]): row for row in _sorted(attribution.split(a.phase, ["kind"]), a).to_dict("records")}
+        for a in accounts
+    ]
+    for kind in dict.fromkeys(kind for found in reversed(rows) for kind in found):
+        cells: list[str] = []
+        for account, found in zip(accounts, rows, strict=True):
+            row = found.get(kind)
+            cells += _time_and_energy(row, account) if row is not None else ("",) * len(_columns(account))
+        table.add_row(kind, *cells)
     return table
 
 

@@ -80,7 +80,7 @@ def test_phases_are_explained_and_the_books_close(tmp_path: Path) -> None:
         assert (kernels["low_j"] <= kernels["energy_j"]).all()
         assert (kernels["energy_j"] <= kernels["high_j"]).all()
         # The same joules, whoever they are summed by.
-        assert found.operators(phase)["energy_j"].sum() == pytest.approx(kernels["energy_j"].sum())
+        assert found.split(phase, ["op", "module"])["energy_j"].sum() == pytest.approx(kernels["energy_j"].sum())
         assert account.kernel_j is not None
         assert account.kernel_j.value == pytest.approx(kernels["energy_j"].sum())
 

@@ -100,7 +100,7 @@ def test_a_run_knows_the_operator_of_every_kernel(tmp_path: Path, precision: str
     assert found is not None
     assert found.share > 0.999
     assert found.mismatches == []
-    rows: Any = attribution.operators("decode")
+    rows: Any = attribution.split("decode", ["op", "module"])
     products = rows[rows["module"] == "model.layers.*.mlp.down_proj"]
     assert products["launches"].sum() >= 4
     assert rows["launches"].sum() == pytest.approx(attribution.accounts["decode"].launches)

@@ -1,0 +1,115 @@
+"""The kind of each kernel: by the operator and module that launched it first, by its name second.
+
+A new rule is a new row. Rows are tried in their order, the first that matches in all its patterns wins.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.identify import UNIDENTIFIED
+
+KINDS = (
+    *("gemm", "gemv", "attention", "quantize", "dequantize", "outlier", "norm", "rope", "elementwise", "cast"),
+    *("reduce", "gather", "sampling", "copy", "memset", "other"),
+)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A kind for kernels whose operator, module, argument shapes and name hold these patterns."""
+
+    kind: str
+    op: str = ""
+    module: str = ""
+    shapes: str = ""
+    name: str = ""
+
+
+_PRODUCT = r"^aten\.(linear|matmul|mm|addmm|bmm|baddbmm)\b"
+# One row of activations: all dimensions before the last are 1.
+_ONE_ROW = r"^(1x)*\d+ "
+
+RULES = (
+    Rule("memset", name=r"^memset"),
+    Rule("rope", module=r"rotary"),
+    # LLM.int8(): the search for outliers and everything on their fp16 side path, as bitsandbytes lays it out.
+    Rule("quantize", op=r"int8_(double_|vectorwise_)?quant", name=r"kInt8VectorQuant|RowColStats|DoubleRowCol"),
+    Rule("outlier", op=r"int8_(double_|vectorwise_)?quant"),
+    Rule("gemm", op=r"int8_.*(linear|mm)", name=r"gemm_s8|i16832gemm|igemm|imma"),
+    Rule("dequantize", op=r"int8_.*mm", name=r"kdequant_mm"),
+    Rule("dequantize", op=r"int8_(mm_|vectorwise_)?dequant"),
+    Rule("outlier", op=r"int8_(mixed_)?scaled_mm"),
+    # NF4 and FP4: one fused kernel for one row, dequantize and product for more.
+    Rule("gemv", op=r"bitsandbytes\.(gemm|gemv)_4bit", name=r"gemm_4bit|gemv_4bit"),
+    Rule("dequantize", op=r"bitsandbytes\..*4bit", name=r"[dD]equantize"),
+    Rule("gemm", op=r"bitsandbytes\.(gemm|gemv)_4bit"),
+    Rule("quantize", op=r"bitsandbytes\.quantize"),
+    Rule("dequantize", op=r"bitsandbytes\.dequantize"),
+    Rule("attention", op=r"scaled_dot_product|flash_attn|attention"),
+    Rule("gemv", op=_PRODUCT, shapes=_ONE_ROW),
+    Rule("gemm", op=_PRODUCT),
+    Rule("cast", op=r"^aten\.(to|_to_copy)\b", name=r"^(?!memcpy)"),
+    Rule("copy", op=r"^aten\.(to|_to_copy)\b"),
+    Rule("norm", module=r"norm$"),
+    Rule("norm", op=r"(layer|rms|group)_norm"),
+    # Rotating half of each head: two equal halves are put together, a cache grows by unequal parts.
+    Rule("rope", op=r"^aten\.cat\b", module=r"attn$", shapes=r"^(\S+) \1$"),
+    Rule("rope", op=r"^aten\.(mul|neg|add)\b", module=r"attn$"),
+    Rule("gather", op=r"^aten\.(embedding|index|gather|index_select|slice_scatter|scatter)"),
+    Rule("sampling", op=r"^aten\.(argmax|topk|multinomial|sort|_?softmax)", module=r"^$"),
+    Rule("reduce", op=r"^aten\.(sum|mean|max|min|amax|amin|any|all|cumsum|prod|var|_?softmax|argmax|norm)\b"),
+    Rule("copy", op=r"^aten\.(item|_local_scalar_dense|is_nonzero|equal)\b"),
+    Rule(
+        "copy",
+        op=r"^aten\.(cat|stack|clone|copy_|contiguous|reshape|flatten|repeat|expand|pad|constant_pad_nd|roll)\b",
+    ),
+    Rule("copy", name=r"^memcpy"),
+    Rule("elementwise", op=r"^aten\."),
+    # No operator is known: the name is all there is.
+    Rule("attention", name=r"flash|fmha|attention|sdpa"),
+    Rule("dequantize", name=r"[dD]equant"),
+    Rule("quantize", name=r"[qQ]uant"),
+    Rule("gemv", name=r"gemv|dot_kernel"),
+    Rule("gemm", name=r"gemm|nvjet|cutlass|cublas|splitK|matmul|ampere_.*_tn|sm90_xmma"),
+    Rule("norm", name=r"(layer|rms|group).?_?norm"),
+    Rule("rope", name=r"rotary|rope"),
+    Rule("sampling", name=r"argmax|topk|sampl"),
+    Rule("copy", name=r"CatArray|copy_kernel_cuda(?!.*(BFloat16|Half|float))|copy_device"),
+    Rule("cast", name=r"(bfloat16|float16|float8)_copy_kernel|direct_copy_kernel"),
+    Rule("gather", name=r"index|gather|scatter|embedding"),
+    Rule("reduce", name=r"reduce|softmax|cumsum|scan|^triton_(red|per)_"),
+    Rule("elementwise", name=r"elementwise|fill|arange|^triton_poi_|^triton_"),
+)
+
+
+@cache
+def kind_of(op: str, module: str, shapes: str, name: str) -> str:
+    """Return the kind of a kernel called *name* that *op* launched in *module* with arguments of *shapes*."""
+    for rule in RULES:
+        parts = ((rule.op, op), (rule.module, module), (rule.shapes, shapes), (rule.name, name))
+        if all(not pattern or re.search(pattern, text) for pattern, text in parts):
+            # A pattern of module "nothing" says that an operator ran outside the model, not that it is not known.
+            if rule.module == r"^$" and op == "":
+                continue
+            return rule.kind
+    return "other"
+
+
+def kinds(kernels: pd.DataFrame) -> pd.Series:
+    """Return the kind of each of *kernels* (op, module, shapes, name, as an attribution has them)."""
+    columns = kernels[["op", "module", "shapes", "name"]].astype(object)
+    # A run launches the same few hundred combinations over and over.
+    group = columns.groupby(list(columns.columns), sort=False, dropna=False).ngroup().to_numpy()
+    first = columns[~pd.Series(group).duplicated().to_numpy()]
+    known = [
+        kind_of("" if op == UNIDENTIFIED else str(op), str(module), str(shapes), str(name))
+        for op, module, shapes, name in first.itertuples(index=False)
+    ]
+    found = np.array(known, object)[group] if len(known) else np.empty(0, object)
+    return pd.Series(found, index=kernels.index, dtype=object)
