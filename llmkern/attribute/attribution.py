@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +15,7 @@ from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.timeline import Timeline, build_timeline
 from llmkern.attribute.weighed import Weighed, weigh_phases
+from llmkern.explain.causes import gap_causes
 from llmkern.explain.kinds import kinds
 from llmkern.run import TABLES, RunFolder
 
@@ -26,7 +26,8 @@ class Attribution:
 
     ``kernels`` are those of the timeline with the signature, op, module and shapes that launched them (UNIDENTIFIED
     and "" where that is not known), ``marginals`` the joules per launch where operators were replayed, from
-    ``evidence``.
+    ``evidence``. ``gaps`` are those of the pass that recorded host calls, with their cause and the op and module of the
+    kernel that ended them; empty where no host call was recorded.
     """
 
     accounts: dict[str, PhaseAccount]
@@ -34,6 +35,7 @@ class Attribution:
     weighed: Weighed | None
     timeline: Timeline
     kernels: pd.DataFrame
+    gaps: pd.DataFrame
     identified: Identified | None
     marginals: Marginals | None
     evidence: Evidence | None
@@ -47,6 +49,14 @@ class Attribution:
         The longest comes first; the number of a layer is written as ``*``.
         """
         return _split(self.accounts[phase], _per_unit(self.kernels, self.timeline, phase), keys)
+
+    def split_gaps(self, phase: str, keys: list[str]) -> pd.DataFrame:
+        """Return *keys* (columns of ``gaps``), launches (their count), duration_ns and energies per unit of *phase*.
+
+        Counts are those of the traced pass; times are scaled to the weighed gap time, which no recorder has lengthened.
+        """
+        rows = self.gaps[self.gaps["phase"] == phase]
+        return _gaps_at_floor(self.accounts[phase], rows.assign(launches=rows["launches"] / rows["units"]), keys)
 
 
 def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
@@ -74,6 +84,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     identified = identify(run, timeline, index) if run.has("ops") else None
     kernels = _described(run, timeline, identified)
     kernels = kernels.assign(kind=kinds(kernels))
+    gaps = _explained_gaps(run, index)
     marginals = evidence = None
     if weighed is not None and not equal_power:
         limit_mw = device.get("power_limit_mw")
@@ -90,6 +101,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         weighed,
         timeline,
         kernels,
+        gaps,
         identified,
         marginals,
         evidence,
@@ -137,24 +149,52 @@ def _rows(account: PhaseAccount, timeline: Timeline, kernels: pd.DataFrame) -> l
     by_name = _split(account, _per_unit(kernels, timeline, account.phase), ["kind", "name"])
     gaps = timeline.gaps.assign(launches=1.0, kind="gap")
     gaps["name"] = gaps["before"].astype(str) + " → " + gaps["after"].astype(str)
-    by_gap = summed(_per_unit(gaps, timeline, account.phase), ["kind", "name"])
-    # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
-    if by_gap["duration_ns"].sum() > 0:
-        by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
-    energies: dict[str, Any] = dict.fromkeys(ENERGIES, np.nan)
-    if account.gap_j is not None:
-        share = by_gap["duration_ns"] / max(float(by_gap["duration_ns"].sum()), 1.0)
-        energy_j, low, high = account.gap_j.value * share, account.gap_j.low, account.gap_j.high
-        energies = {
-            "floor_j": energy_j,
-            "dynamic_j": 0.0,
-            "energy_j": energy_j,
-            "low_j": np.nan if low is None else low * share,
-            "high_j": np.nan if high is None else high * share,
-        }
-    parts = [by_name, by_gap.assign(**energies)]
+    parts = [by_name, _gaps_at_floor(account, _per_unit(gaps, timeline, account.phase), ["kind", "name"])]
     if account.residual_j is not None:
         residual = {"kind": "residual", "name": "residual", "launches": 0.0, "duration_ns": 0.0, "floor_j": 0.0}
         residual |= {"dynamic_j": account.residual_j, "energy_j": account.residual_j, "low_j": np.nan, "high_j": np.nan}
         parts.append(pd.DataFrame([residual]))
     return [part.assign(phase=account.phase, unit=account.unit) for part in parts]
+
+
+def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Return gaps summed over *keys*: time scaled to the weighed gap time, energy at the floor."""
+    by_gap = summed(rows, keys)
+    # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
+    if by_gap["duration_ns"].sum() > 0:
+        by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
+    if account.gap_j is None:
+        return by_gap.assign(**dict.fromkeys(ENERGIES, np.nan))
+    share = by_gap["duration_ns"] / max(float(by_gap["duration_ns"].sum()), 1.0)
+    energy_j, low, high = account.gap_j.value * share, account.gap_j.low, account.gap_j.high
+    return by_gap.assign(
+        floor_j=energy_j,
+        dynamic_j=0.0,
+        energy_j=energy_j,
+        low_j=np.nan if low is None else low * share,
+        high_j=np.nan if high is None else high * share,
+    )
+
+
+def _explained_gaps(run: RunFolder, device: int) -> pd.DataFrame:
+    """Return the gaps of the pass with host calls: cause, api, op, module, launches (1) and units of the phase."""
+    launches = run.table("launches")
+    passes = set(launches["pass"].astype(str))
+    # Runs recorded before pass *calls* existed have the host's calls in pass *time*.
+    pass_name = next((name for name in ("calls", "time") if name in passes), None)
+    columns = ["cause", "api", "op", "module", "launches", "units"]
+    if pass_name is None:
+        return pd.DataFrame(columns=["phase", "duration_ns", *columns])
+    ranges = run.table("ranges")
+    timeline = build_timeline(run.table("kernels"), launches, ranges, device, pass_name)
+    identified = identify(run, timeline, device) if run.has("ops") else None
+    kernels = _described(run, timeline, identified)
+    gaps = gap_causes(timeline, launches, ranges, run.table("overheads"), pass_name)
+    ended_by = gaps["kernel"].to_numpy() if len(gaps) else np.empty(0, int)
+    units = timeline.phases.groupby("phase")["tokens"].sum()
+    return gaps.assign(
+        op=kernels["op"].to_numpy()[ended_by],
+        module=kernels["module"].to_numpy()[ended_by],
+        launches=1.0,
+        units=gaps["phase"].map(units).astype(float).clip(lower=1.0),
+    )

@@ -14,7 +14,8 @@ class Timeline:
 
     ``kernels``: rows of table kernels with phase, instance (index into ``phases``) and token.
     ``phases``: one row per traced phase: phase, repeat, start_ns, end_ns, wall_ns, tokens, kernels, busy_ns, gap_ns.
-    ``gaps``: start_ns, duration_ns, phase, instance, token, before, after (kernel names).
+    ``gaps``: start_ns, duration_ns, phase, instance, token, before, after (kernel names), kernel (the position in
+    ``kernels`` of the one that ended it).
     ``outside``: kernels that belong to no phase.
     """
 
@@ -134,5 +135,6 @@ def _gaps(kernels: pd.DataFrame, idle_ns: np.ndarray, previous_end: np.ndarray, 
             "token": kernels["token"].to_numpy()[open_],
             "before": before.to_numpy()[open_],
             "after": names.to_numpy()[open_],
+            "kernel": np.flatnonzero(open_),
         }
     )

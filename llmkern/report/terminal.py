@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -38,12 +39,15 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
     if attribution.accounts:
         console.print(_phase_table(run, attribution))
         console.print()
-        console.print(_kinds(attribution))
+        console.print(_side_by_side("kind", attribution, attribution.split))
+        if len(attribution.gaps):
+            console.print()
+            console.print(_side_by_side("cause", attribution, attribution.split_gaps))
         for account in reversed(list(attribution.accounts.values())):
             console.print()
             console.print(_top(attribution, account, "kernels", top))
             console.print()
-            console.print(_top(attribution, account, "gaps", top))
+            console.print(_gaps(attribution, account, top))
             if attribution.identified is not None:
                 console.print()
                 console.print(_operators(account, attribution.split(account.phase, ["op", "module"]), top))
@@ -148,25 +152,23 @@ def _weighed_table(attribution: Attribution) -> Table:
     return table
 
 
-def _kinds(attribution: Attribution) -> Table:
-    """Return what each kind of kernel takes, phases side by side, in the order of the last phase."""
+def _side_by_side(key: str, attribution: Attribution, split: Callable[[str, list[str]], pd.DataFrame]) -> Table:
+    """Return what *split* says by *key*, phases side by side, in the order of the last phase."""
     accounts = list(attribution.accounts.values())
-    table = Table(title="By kind", title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("kind")
+    title = {"kind": "Kernels by kind", "cause": "Gaps by cause"}[key]
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column(key)
     for account in accounts:
         table.add_column(account.phase, justify="right")
         for column in _columns(account)[1:]:
             table.add_column(column, justify="right")
-    rows = [
-        {str(row["kind"]): row for row in _sorted(attribution.split(a.phase, ["kind"]), a).to_dict("records")}
-        for a in accounts
-    ]
-    for kind in dict.fromkeys(kind for found in reversed(rows) for kind in found):
+    rows = [{str(row[key]): row for row in _sorted(split(a.phase, [key]), a).to_dict("records")} for a in accounts]
+    for name in dict.fromkeys(name for found in reversed(rows) for name in found):
         cells: list[str] = []
         for account, found in zip(accounts, rows, strict=True):
-            row = found.get(kind)
+            row = found.get(name)
             cells += _time_and_energy(row, account) if row is not None else ("",) * len(_columns(account))
-        table.add_row(kind, *cells)
+        table.add_row(name, *cells)
     return table
 
 
@@ -198,6 +200,30 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
     return table
 
 
+def _gaps(attribution: Attribution, account: PhaseAccount, top: int) -> Table:
+    """Return where the host was late, or, where that is not known, between which kernels the device was idle."""
+    if attribution.gaps.empty or attribution.identified is None:
+        return _top(attribution, account, "gaps", top)
+    title = f"Top gaps of {account.phase}, per {account.unit}: what the host was at"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
+    table.add_column("cause", no_wrap=True)
+    table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("module", ratio=1, no_wrap=True, overflow="ellipsis")
+    for column in ("count", *_columns(account)):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = _sorted(attribution.split_gaps(account.phase, ["cause", "op", "module"]), account)
+    for row in rows.head(top).to_dict("records"):
+        cells = _operator_and_module(row)
+        table.add_row(str(row["cause"]), *cells, count(float(row["launches"])), *_time_and_energy(row, account))
+    return table
+
+
+def _operator_and_module(row: dict[Any, Any]) -> tuple[str, str]:
+    # Eighty columns have no room for what all of them begin with.
+    name = str(row["op"]).removeprefix("aten.").removeprefix("bitsandbytes.").removesuffix(".default")
+    return name, str(row["module"]).removeprefix("model.layers.")
+
+
 def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
     title = f"Top operators of {account.phase}, per {account.unit}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
@@ -206,10 +232,8 @@ def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
     for column in ("kernels", *_columns(account)):
         table.add_column(column, justify="right", no_wrap=True)
     for row in _sorted(rows, account).head(top).to_dict("records"):
-        # Eighty columns have no room for what all of them begin with.
-        name = str(row["op"]).removeprefix("aten.").removeprefix("bitsandbytes.").removesuffix(".default")
-        module = str(row["module"]).removeprefix("model.layers.")
-        table.add_row(name, module, count(float(row["launches"])), *_time_and_energy(row, account))
+        cells = _operator_and_module(row)
+        table.add_row(*cells, count(float(row["launches"])), *_time_and_energy(row, account))
     return table
 
 
