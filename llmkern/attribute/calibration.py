@@ -25,11 +25,11 @@ class Sensor:
     """One source: *refresh_ms* between new values, *lag_ms* by which they come late, *window_ms* they are means of.
 
     *step_w* is how much higher it read under the load, *error_w* the scatter about that response; *step_w*, lag and
-    window are None where the load could not be seen.
+    window are None where the load could not be seen, *refresh_ms* with fewer than two readings.
     """
 
     name: str
-    refresh_ms: float
+    refresh_ms: float | None
     lag_ms: float | None
     window_ms: float | None
     step_w: float | None
@@ -74,7 +74,7 @@ def respond(name: str, times_s: np.ndarray, watts: np.ndarray, on: tuple[np.ndar
     """
     order = np.argsort(times_s, kind="stable")
     times_s, watts = times_s[order], watts[order]
-    refresh_ms = float(np.median(np.diff(times_s)) * 1e3) if len(times_s) > 1 else float("nan")
+    refresh_ms = float(np.median(np.diff(times_s)) * 1e3) if len(times_s) > 1 else None
     blind = Sensor(name, refresh_ms, None, None, None, None, len(times_s))
     if len(times_s) < LEAST_READINGS:
         return blind
@@ -102,7 +102,7 @@ def respond(name: str, times_s: np.ndarray, watts: np.ndarray, on: tuple[np.ndar
 def choose(sensors: dict[str, Sensor]) -> tuple[str, str]:
     """Return the source for times within a phase (``samples`` or ``counter``), and in words why."""
     samples, counter = sensors.get("samples"), sensors.get(COUNTER)
-    if samples is None or samples.step_w is None:
+    if samples is None or samples.step_w is None or samples.refresh_ms is None:
         return COUNTER, "this board's driver keeps no power samples that follow the load"
     if samples.refresh_ms > FINE_MS:
         return COUNTER, f"its power samples come every {samples.refresh_ms:.0f} ms, no finer than the counter"
@@ -115,6 +115,8 @@ def choose(sensors: dict[str, Sensor]) -> tuple[str, str]:
 
 def describe(sensor: Sensor) -> str:
     """Return one sensor in words."""
+    if sensor.refresh_ms is None:
+        return f"{sensor.name} silent"
     if sensor.step_w is None:
         return f"{sensor.name} every {sensor.refresh_ms:.0f} ms, the load not seen in it"
     late = f"{sensor.lag_ms:.0f} ms late, mean over {sensor.window_ms:.0f} ms"

@@ -25,7 +25,7 @@ from llmkern.record.annotate import Annotator, columns
 from llmkern.record.device import Device
 from llmkern.record.generation import Generation
 from llmkern.record.graphs import OPERATOR, graph_signature, launches_seen
-from llmkern.record.operators import computes, copied, describe, flops, may_copy, moved_bytes, signature
+from llmkern.record.operators import computes, copied, describe, flops, may_copy, moved_bytes, signature_of
 from llmkern.record.pump import Pump
 from llmkern.run import RunWriter
 
@@ -101,7 +101,7 @@ class Inspector(TorchDispatchMode):
             shapes, dtypes = describe(leaves)
             outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
             self._note(
-                *(start_ns, end_ns, str(func), shapes, dtypes, signature(str(func), shapes, dtypes)),
+                *(start_ns, end_ns, str(func), shapes, dtypes, signature_of(func, leaves)),
                 *(moved_bytes(str(func), inputs, outputs), flops(func, args, kwargs, result, inputs, outputs)),
             )
         return result

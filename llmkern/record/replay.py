@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from llmkern.record.annotate import Annotator
 from llmkern.record.device import Device, EnergyMeter
@@ -70,7 +70,7 @@ class Keeper(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if computes(func) or may_copy(func):
-            signature = signature_of(func, args, kwargs)
+            signature = signature_of(func, tree_leaves((args, kwargs)))
             if signature in self._wanted:
                 self._keep(signature, func, args, kwargs)
         return func(*args, **kwargs)

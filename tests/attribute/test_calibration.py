@@ -69,6 +69,7 @@ def test_a_sensor_that_does_not_move_is_blind() -> None:
     assert (found.step_w, found.lag_ms) == (None, None)
     assert "not seen" in describe(found)
     assert respond("few", times[:3], times[:3], on).step_w is None
+    assert describe(respond("none", times[:0], times[:0], on)) == "none silent"
 
 
 def sensor(name: str, refresh_ms: float, step_w: float | None) -> Sensor:

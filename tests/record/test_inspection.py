@@ -14,6 +14,7 @@ from llmkern.attribute.attribution import attribute
 from llmkern.progress import Stages
 from llmkern.record import session
 from llmkern.record.inspection import Inspector, OpCall
+from llmkern.record.operators import signature_of
 from llmkern.record.options import TraceOptions
 from llmkern.run import RunFolder
 from llmkern.workload.load import load_model
@@ -105,3 +106,11 @@ def test_a_run_knows_the_operator_of_every_kernel(tmp_path: Path, precision: str
     assert products["launches"].sum() >= 4
     assert rows["launches"].sum() == pytest.approx(attribution.accounts["decode"].launches)
     assert "inspect" in set(run.table("kernels")["pass"])
+
+
+def test_a_few_indices_more_or_less_are_the_same_work() -> None:
+    def of_indices(count: int) -> str:
+        return signature_of("op", [torch.ones(4, 8), torch.arange(count), torch.float16])
+
+    assert of_indices(4) == of_indices(6) == "op[4x8 few; fp32 int64 to fp16]"
+    assert of_indices(0) != of_indices(4) != of_indices(100)
