@@ -116,18 +116,25 @@ def _described(run: RunFolder, timeline: Timeline, identified: Identified | None
     duration_ns = (kernels["end_ns"] - kernels["start_ns"]).astype(float)
     kernels = kernels.assign(duration_ns=duration_ns, launches=1.0)
     if identified is None:
-        return kernels.assign(op_index=NONE, signature=UNIDENTIFIED, op=UNIDENTIFIED, module="", shapes="")
-    ops = run.table("ops", ["op", "module", "signature", "shapes"])
-    known = identified.op != NONE
+        row, ops = np.full(len(kernels), NONE), pd.DataFrame(columns=["op", "module", "signature", "shapes"])
+    else:
+        row, ops = identified.op, run.table("ops", ["op", "module", "signature", "shapes"])
     # The layers of a model differ in nothing but their number.
     modules = ops["module"].astype(object).fillna("").astype(str).str.replace(r"\.\d+(?=\.|$)", ".*", regex=True)
     return kernels.assign(
-        op_index=identified.op,
-        signature=np.where(known, ops["signature"].astype(object).to_numpy()[identified.op], UNIDENTIFIED),
-        op=np.where(known, ops["op"].astype(object).to_numpy()[identified.op], UNIDENTIFIED),
-        module=np.where(known, modules.to_numpy()[identified.op], ""),
-        shapes=np.where(known, ops["shapes"].astype(object).fillna("").to_numpy()[identified.op], ""),
+        op_index=row,
+        signature=_looked_up(ops["signature"], row, UNIDENTIFIED),
+        op=_looked_up(ops["op"], row, UNIDENTIFIED),
+        module=_looked_up(modules, row, ""),
+        shapes=_looked_up(ops["shapes"], row, ""),
     )
+
+
+def _looked_up(values: pd.Series, row: np.ndarray, missing: str) -> pd.Categorical:
+    """Return the value of each *row*, *missing* for NONE; a run repeats few values very often, so as categories."""
+    names = [missing, *(str(v) for v in values.astype(object).fillna(missing))]
+    codes, categories = pd.factorize(np.array(names, object))
+    return pd.Categorical.from_codes(codes[row + 1], categories=pd.Index(categories))
 
 
 def _per_unit(rows: pd.DataFrame, timeline: Timeline, phase: str) -> pd.DataFrame:
@@ -138,7 +145,6 @@ def _per_unit(rows: pd.DataFrame, timeline: Timeline, phase: str) -> pd.DataFram
 
 
 def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    rows = rows.assign(**{key: rows[key].astype(object) for key in keys})
     if account.joules is None:
         return without_energy(rows, keys)
     return account.joules.split(rows, keys)

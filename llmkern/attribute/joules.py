@@ -31,7 +31,11 @@ class KernelJoules(Protocol):
 
 def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
-    grouped = rows.groupby(list(keys), sort=False, dropna=False)[["launches", "duration_ns"]].sum().reset_index()
+    grouped = (
+        rows.groupby(list(keys), sort=False, dropna=False, observed=True)[["launches", "duration_ns"]]
+        .sum()
+        .reset_index()
+    )
     return grouped.sort_values("duration_ns", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -88,9 +92,21 @@ class MarginalJoules:
 
     def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         frame = summed(rows, keys)
-        wide = rows.pivot_table(index=list(keys), columns="signature", values="duration_ns", aggfunc="sum", sort=False)
-        order = pd.MultiIndex.from_frame(frame[list(keys)]) if len(keys) > 1 else frame[keys[0]]
-        seconds = wide.reindex(index=order, columns=list(self.signatures)).fillna(0.0).to_numpy() / 1e9
+        group = rows.groupby(list(keys), sort=False, dropna=False, observed=True).ngroup().to_numpy()
+        # Groups are numbered as they first appear, the frame is sorted.
+        first = rows[~pd.Series(group).duplicated().to_numpy()]
+        order = (
+            frame[list(keys)]
+            .astype(object)
+            .merge(first[list(keys)].astype(object).assign(group=np.arange(len(first))), on=list(keys), how="left")[
+                "group"
+            ]
+        )
+        column = pd.Index(self.signatures).get_indexer(pd.Index(rows["signature"].astype(object)))
+        wide = np.zeros((len(first), len(self.signatures)))
+        known = column >= 0
+        np.add.at(wide, (group[known], column[known]), rows["duration_ns"].to_numpy(float)[known] / 1e9)
+        seconds = wide[order.to_numpy()]
         whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
         floor_share = seconds.sum(axis=1) / whole_s * self.busy_s
         floor_j = self.floor_w * floor_share

@@ -103,9 +103,9 @@ def kind_of(op: str, module: str, shapes: str, name: str) -> str:
 
 def kinds(kernels: pd.DataFrame) -> pd.Series:
     """Return the kind of each of *kernels* (op, module, shapes, name, as an attribution has them)."""
-    columns = kernels[["op", "module", "shapes", "name"]].astype(object)
+    columns = kernels[["op", "module", "shapes", "name"]]
     # A run launches the same few hundred combinations over and over.
-    group = columns.groupby(list(columns.columns), sort=False, dropna=False).ngroup().to_numpy()
+    group = columns.groupby(list(columns.columns), sort=False, dropna=False, observed=True).ngroup().to_numpy()
     first = columns[~pd.Series(group).duplicated().to_numpy()]
     known = [
         kind_of("" if op == UNIDENTIFIED else str(op), str(module), str(shapes), str(name))
