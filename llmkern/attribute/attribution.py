@@ -154,8 +154,9 @@ def _rows(account: PhaseAccount, timeline: Timeline, kernels: pd.DataFrame) -> l
     """Return the phase's kernels by name, its gaps by the kernels around them, and its residual, all per unit."""
     by_name = _split(account, _per_unit(kernels, timeline, account.phase), ["kind", "name"])
     gaps = timeline.gaps.assign(launches=1.0, kind="gap")
-    gaps["name"] = gaps["before"].astype(str) + " → " + gaps["after"].astype(str)
-    parts = [by_name, _gaps_at_floor(account, _per_unit(gaps, timeline, account.phase), ["kind", "name"])]
+    by_gap = _gaps_at_floor(account, _per_unit(gaps, timeline, account.phase), ["kind", "before", "after"])
+    by_gap["name"] = by_gap["before"].astype(str) + " → " + by_gap["after"].astype(str)
+    parts = [by_name, by_gap.drop(columns=["before", "after"])]
     if account.residual_j is not None:
         residual = {"kind": "residual", "name": "residual", "launches": 0.0, "duration_ns": 0.0, "floor_j": 0.0}
         residual |= {"dynamic_j": account.residual_j, "energy_j": account.residual_j, "low_j": np.nan, "high_j": np.nan}

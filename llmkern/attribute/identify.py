@@ -90,6 +90,9 @@ def _steps(timeline: Timeline) -> list[_Step]:
     decode = kernels["phase"] == "decode"
     # A prefill is one step, with what generate does before its forward.
     token = kernels["token"].where(decode, NONE).fillna(NONE).astype(int)
+    # A few hundred names, repeated over and over: looked up by their codes.
+    coded = kernels["name"].astype("category")
+    names = coded.cat.categories.to_numpy(object)[coded.cat.codes.to_numpy()] if len(kernels) else np.empty(0, object)
     steps = []
     for _, rows in kernels.groupby([kernels["instance"], token], sort=False):
         # Launches are numbered in their order; kernels of one graph launch share its number and run in their order.
@@ -99,7 +102,7 @@ def _steps(timeline: Timeline) -> list[_Step]:
             _Step(
                 str(ordered["phase"].iloc[0]),
                 None if number == NONE else number,
-                tuple(ordered["name"].astype(str)),
+                tuple(names[ordered.index]),
                 ordered["issued_ns"].to_numpy(),
                 ordered.index.to_numpy(),
             )
