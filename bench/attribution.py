@@ -28,6 +28,7 @@ import torch
 
 from bench.planted import CATEGORY, CPU_PLANTS, GPU_PLANTS, Plant, Planted, Work, signatures_of
 from bench.result import case, metric, write
+from bench.workload import generation_of
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
@@ -45,7 +46,6 @@ from llmkern.record.weigh import IDLE_WINDOW_S, RARE_TICK_S, pace, wait_for_tick
 from llmkern.run import RunFolder, RunWriter
 from llmkern.workload.load import load_model
 from llmkern.workload.models import find_model
-from llmkern.workload.prompts import builtin_prompts
 
 ERROR_LIMIT = 0.08
 NEW_TOKENS = 33
@@ -269,10 +269,8 @@ def main() -> None:
     loaded = load_model(
         find_model(arguments.model), precision=arguments.precision, weights="random", device=device.torch_device
     )
-    prompts = builtin_prompts(1, arguments.prompt_tokens, loaded.tokenizer, int(loaded.config.vocab_size), 0)
-    ids, mask = (t.to(device.torch_device) for t in (prompts.input_ids, prompts.attention_mask))
     annotator = Annotator()
-    generation = Generation(loaded.model, ids, mask, annotator, device.synchronize)
+    generation = generation_of(device, loaded, annotator, 1, arguments.prompt_tokens)
     options = TraceOptions(
         arguments.model, precision=arguments.precision, new_tokens=NEW_TOKENS, warmup=2, repeats=3, trace_repeats=1
     )

@@ -18,17 +18,16 @@ from typing import Any
 
 from bench.attribution import record
 from bench.result import case, metric, write
+from bench.workload import generation_of
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.marginal import Marginals, estimate_marginals
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device
-from llmkern.record.generation import Generation
 from llmkern.record.options import TraceOptions
 from llmkern.run import RunFolder
 from llmkern.workload.load import LoadedModel, load_model
 from llmkern.workload.models import find_model
-from llmkern.workload.prompts import builtin_prompts
 
 LIMITS = {"prefill": 0.05, "decode": 0.03}
 
@@ -37,10 +36,7 @@ def recorded(
     device: Device, loaded: LoadedModel, options: TraceOptions, annotator: Annotator, folder: Path
 ) -> RunFolder:
     """Record the workload of *options* with the model that is loaded."""
-    prompt_tokens = options.prompt_tokens or 0
-    prompts = builtin_prompts(options.batch, prompt_tokens, loaded.tokenizer, int(loaded.config.vocab_size), 0)
-    ids, mask = (t.to(device.torch_device) for t in (prompts.input_ids, prompts.attention_mask))
-    generation = Generation(loaded.model, ids, mask, annotator, device.synchronize)
+    generation = generation_of(device, loaded, annotator, options.batch, options.prompt_tokens or 0)
     return record(device, generation, loaded.model, annotator, None, options, folder)
 
 

@@ -28,18 +28,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.result import case, metric, write
+from bench.workload import generation_of
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device, KernelRecorder
-from llmkern.record.generation import Generation
 from llmkern.record.pump import Pump, Source
 from llmkern.record.timing import flushed, ranges
 from llmkern.record.weigh import RARE_TICK_S, OwnCost, pace
 from llmkern.run import RunWriter
 from llmkern.workload.load import load_model
 from llmkern.workload.models import find_model
-from llmkern.workload.prompts import builtin_prompts
 
 WEIGH_LIMIT = 0.01
 TIME_LIMIT = 0.05
@@ -98,15 +97,10 @@ class Bench:
     def __init__(self, model: str, precision: str, device: Device, prompt_tokens: int) -> None:
         self.device = device
         loaded = load_model(find_model(model), precision=precision, weights="random", device=device.torch_device)
-        prompts = builtin_prompts(1, prompt_tokens, loaded.tokenizer, int(loaded.config.vocab_size), 0)
         self.annotator = Annotator()
         self._model = loaded.model
-        self._inputs = {
-            "input_ids": prompts.input_ids.to(device.torch_device),
-            "attention_mask": prompts.attention_mask.to(device.torch_device),
-        }
-        ids, mask = self._inputs["input_ids"], self._inputs["attention_mask"]
-        self.generation = Generation(loaded.model, ids, mask, self.annotator, device.synchronize)
+        self.generation = generation_of(device, loaded, self.annotator, 1, prompt_tokens)
+        self._inputs = self.generation.inputs
         self._folder = tempfile.TemporaryDirectory()
         self._writer = RunWriter(Path(self._folder.name) / "run", {})
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount, account_phase
 from llmkern.attribute.identify import NONE, UNIDENTIFIED, Identified, identify
-from llmkern.attribute.joules import ENERGIES, summed, without_energy
+from llmkern.attribute.joules import EqualPower, without_energy
 from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.timeline import Timeline, build_timeline
@@ -26,22 +27,30 @@ class Attribution:
 
     ``kernels`` are those of the timeline with the signature, op, module and shapes that launched them (UNIDENTIFIED
     and "" where that is not known), ``marginals`` the joules per launch where operators were replayed, from
-    ``evidence``. ``gaps`` are those of the pass that recorded host calls, with their cause and the op and module of the
-    kernel that ended them; empty where no host call was recorded.
+    ``evidence``.
     """
+
+    run: RunFolder
 
     accounts: dict[str, PhaseAccount]
     frame: pd.DataFrame
     weighed: Weighed | None
     timeline: Timeline
     kernels: pd.DataFrame
-    gaps: pd.DataFrame
     identified: Identified | None
     marginals: Marginals | None
     evidence: Evidence | None
     host: Weighed | None
     sensor: str
     device: int | None
+
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        """Return the gaps of the pass that recorded host calls, with cause, and op and module of what ended them.
+
+        Empty where no host call was recorded.
+        """
+        return _explained_gaps(self.run, int(self.run.facts["device"]["index"]))
 
     def split(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``kernels``), launches, duration_ns and energies per unit of *phase*.
@@ -84,7 +93,6 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     identified = identify(run, timeline, index) if run.has("ops") else None
     kernels = _described(run, timeline, identified)
     kernels = kernels.assign(kind=kinds(kernels))
-    gaps = _explained_gaps(run, index)
     marginals = evidence = None
     if weighed is not None and not equal_power:
         limit_mw = device.get("power_limit_mw")
@@ -96,12 +104,12 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     rows = [part for account in accounts.values() for part in _rows(account, timeline, kernels)]
     frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
     return Attribution(
+        run,
         accounts,
         frame.assign(device=index),
         weighed,
         timeline,
         kernels,
-        gaps,
         identified,
         marginals,
         evidence,
@@ -166,21 +174,15 @@ def _rows(account: PhaseAccount, timeline: Timeline, kernels: pd.DataFrame) -> l
 
 def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Return gaps summed over *keys*: time scaled to the weighed gap time, energy at the floor."""
-    by_gap = summed(rows, keys)
+    if account.gap_j is None or account.floor_w is None:
+        by_gap = without_energy(rows, keys)
+    else:
+        # An idle device draws the same power everywhere.
+        by_gap = EqualPower(account.gap_j, account.floor_w.value, account.gap_s.value).split(rows, keys)
     # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
     if by_gap["duration_ns"].sum() > 0:
         by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
-    if account.gap_j is None:
-        return by_gap.assign(**dict.fromkeys(ENERGIES, np.nan))
-    share = by_gap["duration_ns"] / max(float(by_gap["duration_ns"].sum()), 1.0)
-    energy_j, low, high = account.gap_j.value * share, account.gap_j.low, account.gap_j.high
-    return by_gap.assign(
-        floor_j=energy_j,
-        dynamic_j=0.0,
-        energy_j=energy_j,
-        low_j=np.nan if low is None else low * share,
-        high_j=np.nan if high is None else high * share,
-    )
+    return by_gap
 
 
 def _explained_gaps(run: RunFolder, device: int) -> pd.DataFrame:

@@ -91,22 +91,14 @@ class MarginalJoules:
         return interval(value, self.floor_draws_w * self.busy_s + self.power_draws_w @ seconds)
 
     def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        frame = summed(rows, keys)
         group = rows.groupby(list(keys), sort=False, dropna=False, observed=True).ngroup().to_numpy()
-        # Groups are numbered as they first appear, the frame is sorted.
-        first = rows[~pd.Series(group).duplicated().to_numpy()]
-        order = (
-            frame[list(keys)]
-            .astype(object)
-            .merge(first[list(keys)].astype(object).assign(group=np.arange(len(first))), on=list(keys), how="left")[
-                "group"
-            ]
-        )
-        column = pd.Index(self.signatures).get_indexer(pd.Index(rows["signature"].astype(object)))
-        wide = np.zeros((len(first), len(self.signatures)))
+        frame = summed(rows.assign(group=group), [*keys, "group"])
+        signature = rows["signature"].astype("category").cat
+        column = pd.Index(self.signatures).get_indexer(signature.categories)[signature.codes]
+        wide = np.zeros((len(frame), len(self.signatures)))
         known = column >= 0
         np.add.at(wide, (group[known], column[known]), rows["duration_ns"].to_numpy(float)[known] / 1e9)
-        seconds = wide[order.to_numpy()]
+        seconds = wide[frame.pop("group").to_numpy(int)]
         whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
         floor_share = seconds.sum(axis=1) / whole_s * self.busy_s
         floor_j = self.floor_w * floor_share

@@ -37,8 +37,8 @@ PRIOR_SIGMA = 0.7
 SAME_REGIME = 0.1
 # By how much of itself a launch may cost more or less from one regime to the next (one sigma).
 REGIME_SIGMA = 0.15
-# By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): sums over
-# whole phases differed by -8 to +5 % on H100 boards.
+# By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): a first
+# guess, until planted work (bench.attribution) says better.
 CONTEXT_SIGMA = 0.04
 # Signatures whose columns are this close to parallel cannot be told apart by any window.
 PARALLEL = 0.999
@@ -141,8 +141,8 @@ class Marginals:
 
     ``prior`` are J per second, byte and FLOP. ``groups`` are signatures that no window tells apart: each got the
     prior's share of what they took together. ``residuals_j`` is energy minus model per window; ``condition`` that of
-    the scaled system without the prior and with each group as one. ``floor_draws_w`` and ``slope_draws`` are the errors
-    of the floor that each draw assumed, so that what is at the floor can be drawn alike.
+    the replays alone, scaled and without the prior (infinite without replays). ``floor_draws_w`` and ``slope_draws``
+    are the errors of the floor that each draw assumed, so that what is at the floor can be drawn alike.
     """
 
     unknowns: Unknowns
@@ -339,19 +339,23 @@ def _prior_weights(counts: np.ndarray, traits: np.ndarray, dynamic_j: np.ndarray
 def _separable(
     windows: Sequence[Window], names: Sequence[str], sigma_j: np.ndarray
 ) -> tuple[list[tuple[str, ...]], float]:
-    """Return the groups of signatures whose launches went together in every window, and the condition beyond them."""
+    """Return the groups of signatures that went together in every window, and the condition of the replays."""
     counts = np.array([[w.launches.get(n, 0.0) for n in names] for w in windows])
     norms = np.linalg.norm(counts, axis=0)
     unit = counts / np.where(norms > 0, norms, 1.0)
     alike = unit.T @ unit > PARALLEL
     left = set(range(len(names)))
-    groups, kept = [], []
+    groups = []
     for i in range(len(names)):
         if i in left:
             members = [j for j in sorted(left) if alike[i, j]]
             left -= set(members)
-            kept.append(i)
             if len(members) > 1:
                 groups.append(tuple(names[j] for j in members))
-    scaled = counts[:, kept] / sigma_j[:, None]
-    return groups, float(np.linalg.cond(scaled / np.maximum(np.linalg.norm(scaled, axis=0), 1e-30)))
+    alone = np.array([not w.context for w in windows])
+    scaled = (counts / sigma_j[:, None])[alone]
+    lengths = np.linalg.norm(scaled, axis=0)
+    replayed = lengths > 0
+    if not replayed.any():
+        return groups, math.inf
+    return groups, float(np.linalg.cond(scaled[:, replayed] / lengths[replayed]))

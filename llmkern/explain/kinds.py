@@ -94,9 +94,6 @@ def kind_of(op: str, module: str, shapes: str, name: str) -> str:
     for rule in RULES:
         parts = ((rule.op, op), (rule.module, module), (rule.shapes, shapes), (rule.name, name))
         if all(not pattern or re.search(pattern, text) for pattern, text in parts):
-            # A pattern of module "nothing" says that an operator ran outside the model, not that it is not known.
-            if rule.module == r"^$" and op == "":
-                continue
             return rule.kind
     return "other"
 

@@ -40,7 +40,7 @@ class Generation:
         synchronize: Callable[[], None],
     ) -> None:
         self._model = model
-        self._inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        self.inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         self._annotator = annotator
         self._synchronize = synchronize
         self._step = 0
@@ -72,7 +72,7 @@ class Generation:
         elapsed_ns = 0
         try:
             with torch.inference_mode():
-                self._model.generate(**self._inputs, generation_config=config)
+                self._model.generate(**self.inputs, generation_config=config)
             self._synchronize()
             note.pop()
             end_ns = note.pop()

@@ -29,7 +29,7 @@ WINDOW_S = 2.0
 DUTIES = (0.3, 0.9)
 # So many layers' weights in turn are more than any L2 holds.
 MOST_CALLS = 32
-# As finely mixed with rest as in a run: a burst of 20 ms heats the die and loads the regulators like full duty.
+# As finely mixed with rest as in a run, where kernels and gaps take turns within a millisecond.
 _BURST_S = 0.001
 
 

@@ -325,4 +325,5 @@ def _replays(attribution: Attribution) -> list[str]:
         energy, residual_j = account.weight.energy_j, account.residual_j
         if energy is not None and residual_j is not None:
             parts.append(f"{phase} {share:.0%} of the kernels' time, residual {residual_j / energy.value:+.1%}")
-    return [f"Replayed alone: {len(marginals.replayed)} operators; {'; '.join(parts)}."]
+    count_text = f"{len(marginals.replayed)} operators, condition number {marginals.condition:.1f}"
+    return [f"Replayed alone: {count_text}; {'; '.join(parts)}."]

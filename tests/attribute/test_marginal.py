@@ -184,6 +184,8 @@ def test_windows_of_one_regime_are_pooled() -> None:
     assert len(powers["cast"] or ()) == 1
     assert len(powers["gemv"] or ()) == 2
     assert powers["norm a"] == ()
+    # Each was replayed alone, so that nothing stands between them.
+    assert found.condition == pytest.approx(1.0)
     with pytest.raises(ValueError, match="mystery"):
         found.per_launch("mystery")
 
