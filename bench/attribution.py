@@ -192,11 +192,10 @@ def guess(run: RunFolder, plant: Plant, work: Work, calls: int) -> Guess:
     kernels = found.kernels[found.kernels["phase"] == plant.phase]
     own_s = float(kernels.loc[kernels["signature"].isin(list(wanted)), "duration_ns"].sum()) / 1e9
     all_s = float(kernels["duration_ns"].sum()) / 1e9
-    units = int(found.timeline.phases.loc[found.timeline.phases["phase"] == plant.phase, "tokens"].sum())
     equal = attribute(run, equal_power=True).accounts[plant.phase]
     assert equal.kernel_j is not None
     dynamic_j = equal.kernel_j.value - account.floor_w.value * equal.busy_s
-    per_call_s = own_s / units / calls
+    per_call_s = own_s / calls
     return Guess(by_account, dynamic_j * own_s / all_s / calls, (instant_w - account.floor_w.value) * per_call_s)
 
 

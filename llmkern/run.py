@@ -261,7 +261,7 @@ class RunWriter:
             merged = self.path / f"{name}.parquet.tmp"
             try:
                 with pq.ParquetWriter(merged, schema, compression="zstd") as writer:
-                    for group in _groups(parts, rows=1_000_000):
+                    for group in grouped(map(pq.read_table, parts), rows=1_000_000):
                         writer.write_table(group)
                 os.replace(merged, self.path / f"{name}.parquet")
                 for part in parts:
@@ -284,17 +284,14 @@ def write_table(folder: Path, name: str, columns: Mapping[str, Any]) -> None:
         raise _disk_error(folder, error) from error
 
 
-def _groups(parts: list[Path], rows: int) -> Iterable[pa.Table]:
-    """Yield the segments joined into tables of about *rows* rows, so that row groups stay large and memory small."""
+def grouped(tables: Iterable[pa.Table], rows: int) -> Iterable[pa.Table]:
+    """Yield *tables* joined into ones of about *rows* rows, so that row groups stay large and memory small."""
     pending: list[pa.Table] = []
-    count = 0
-    for part in parts:
-        table = pq.read_table(part)
+    for table in tables:
         pending.append(table)
-        count += table.num_rows
-        if count >= rows:
+        if sum(t.num_rows for t in pending) >= rows:
             yield pa.concat_tables(pending).unify_dictionaries()
-            pending, count = [], 0
+            pending = []
     if pending:
         yield pa.concat_tables(pending).unify_dictionaries()
 
@@ -353,16 +350,19 @@ class RunFolder:
         """Whether table *name* has any file."""
         return bool(self._files(name))
 
-    def table(self, name: str, columns: list[str] | None = None) -> pd.DataFrame:
-        """Return table *name* (its *columns*); an absent table has no rows.
+    def table(
+        self, name: str, columns: list[str] | None = None, where: Mapping[str, object] | None = None
+    ) -> pd.DataFrame:
+        """Return table *name* (its *columns*, the rows *where* a column has a value); an absent table has no rows.
 
         Segments of an interrupted run are read as well; a torn last segment is left out. Raises RunFolderError for a
         file that is not Parquet or lacks columns.
         """
         parts = []
+        chosen = [(column, "==", value) for column, value in (where or {}).items()] or None
         for file in self._files(name):
             try:
-                parts.append(pq.read_table(file, columns=columns))
+                parts.append(pq.read_table(file, columns=columns, filters=chosen))
             except (pa.ArrowInvalid, OSError) as error:
                 if file.parent.name == "segments":
                     continue
@@ -380,7 +380,8 @@ class RunFolder:
                 f"{self.path / name}.parquet lacks the columns {', '.join(missing)}: it was not written by llmkern "
                 f"schema {SCHEMA_VERSION}."
             )
-        return table.to_pandas()
+        # Millions of rows: column by column, each freed as it is converted.
+        return table.to_pandas(split_blocks=True, self_destruct=True)
 
     def _files(self, name: str) -> list[Path]:
         merged = self.path / f"{name}.parquet"

@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount, account_phase
-from llmkern.attribute.identify import NONE, UNIDENTIFIED, Identified, identify
+from llmkern.attribute.causes import gap_causes
+from llmkern.attribute.identify import Identified, Inspected, identify, read_inspected
 from llmkern.attribute.joules import EqualPower, without_energy
 from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
-from llmkern.attribute.timeline import Timeline, build_timeline
+from llmkern.attribute.tally import OP_COLUMNS, tally_gaps, tally_kernels, tally_neighbours
+from llmkern.attribute.timeline import Timeline, read_calls, read_timeline
 from llmkern.attribute.weighed import Weighed, weigh_phases
-from llmkern.explain.causes import gap_causes
-from llmkern.explain.kinds import kinds
 from llmkern.run import TABLES, RunFolder
 
 
@@ -25,18 +25,17 @@ from llmkern.run import TABLES, RunFolder
 class Attribution:
     """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
 
-    ``kernels`` are those of the timeline with the signature, op, module and shapes that launched them (UNIDENTIFIED
-    and "" where that is not known), ``marginals`` the joules per launch where operators were replayed, from
-    ``evidence``.
+    ``kernels`` are those of one unit of each phase, summed by name and operator (see tally_kernels), ``marginals`` the
+    joules per launch where operators were replayed, from ``evidence``.
     """
 
     run: RunFolder
-
     accounts: dict[str, PhaseAccount]
     frame: pd.DataFrame
     weighed: Weighed | None
     timeline: Timeline
     kernels: pd.DataFrame
+    inspected: Inspected | None
     identified: Identified | None
     marginals: Marginals | None
     evidence: Evidence | None
@@ -46,26 +45,25 @@ class Attribution:
 
     @cached_property
     def gaps(self) -> pd.DataFrame:
-        """Return the gaps of the pass that recorded host calls, with cause, and op and module of what ended them.
+        """Return the gaps of one unit of each phase, from the pass that recorded host calls (see tally_gaps).
 
         Empty where no host call was recorded.
         """
-        return _explained_gaps(self.run, int(self.run.facts["device"]["index"]))
+        return _explained_gaps(self.run, self.timeline, self.inspected, self.identified)
 
     def split(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``kernels``), launches, duration_ns and energies per unit of *phase*.
 
         The longest comes first; the number of a layer is written as ``*``.
         """
-        return _split(self.accounts[phase], _per_unit(self.kernels, self.timeline, phase), keys)
+        return _split(self.accounts[phase], self.kernels[self.kernels["phase"] == phase], keys)
 
     def split_gaps(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``gaps``), launches (their count), duration_ns and energies per unit of *phase*.
 
         Counts are those of the traced pass; times are scaled to the weighed gap time, which no recorder has lengthened.
         """
-        rows = self.gaps[self.gaps["phase"] == phase]
-        return _gaps_at_floor(self.accounts[phase], rows.assign(launches=rows["launches"] / rows["units"]), keys)
+        return _gaps_at_floor(self.accounts[phase], self.gaps[self.gaps["phase"] == phase], keys)
 
 
 def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
@@ -75,7 +73,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     """
     device = run.facts["device"]
     index = int(device["index"])
-    timeline = build_timeline(run.table("kernels"), run.table("launches"), run.table("ranges"), index)
+    timeline = read_timeline(run, index)
     host = None
     # RAPL counts packages, not the device that PyTorch names.
     sensor, counted = ("nvml_total", index) if device["kind"] == "cuda" else ("rapl_package", None)
@@ -90,18 +88,19 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
             )
             if account is not None:
                 accounts[phase] = account
-    identified = identify(run, timeline, index) if run.has("ops") else None
-    kernels = _described(run, timeline, identified)
-    kernels = kernels.assign(kind=kinds(kernels))
+    inspected = read_inspected(run, index)
+    identified = identify(inspected, timeline) if inspected is not None else None
+    kernels = tally_kernels(timeline, identified, run.table("ops", OP_COLUMNS))
     marginals = evidence = None
     if weighed is not None and not equal_power:
         limit_mw = device.get("power_limit_mw")
         limit_w = math.inf if limit_mw is None else limit_mw / 1e3
-        evidence = gather(run, weighed, accounts, timeline, kernels, (sensor, counted), limit_w)
+        evidence = gather(run, weighed, accounts, kernels, (sensor, counted), limit_w)
         if evidence is not None:
             marginals, joules = by_marginals(evidence, weighed, accounts)
             accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}
-    rows = [part for account in accounts.values() for part in _rows(account, timeline, kernels)]
+    neighbours = tally_neighbours(timeline)
+    rows = [part for account in accounts.values() for part in _rows(account, kernels, neighbours)]
     frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
     return Attribution(
         run,
@@ -110,6 +109,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         weighed,
         timeline,
         kernels,
+        inspected,
         identified,
         marginals,
         evidence,
@@ -119,50 +119,17 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     )
 
 
-def _described(run: RunFolder, timeline: Timeline, identified: Identified | None) -> pd.DataFrame:
-    kernels = timeline.kernels.reset_index(drop=True)
-    duration_ns = (kernels["end_ns"] - kernels["start_ns"]).astype(float)
-    kernels = kernels.assign(duration_ns=duration_ns, launches=1.0)
-    if identified is None:
-        row, ops = np.full(len(kernels), NONE), pd.DataFrame(columns=["op", "module", "signature", "shapes"])
-    else:
-        row, ops = identified.op, run.table("ops", ["op", "module", "signature", "shapes"])
-    # The layers of a model differ in nothing but their number.
-    modules = ops["module"].astype(object).fillna("").astype(str).str.replace(r"\.\d+(?=\.|$)", ".*", regex=True)
-    return kernels.assign(
-        op_index=row,
-        signature=_looked_up(ops["signature"], row, UNIDENTIFIED),
-        op=_looked_up(ops["op"], row, UNIDENTIFIED),
-        module=_looked_up(modules, row, ""),
-        shapes=_looked_up(ops["shapes"], row, ""),
-    )
-
-
-def _looked_up(values: pd.Series, row: np.ndarray, missing: str) -> pd.Categorical:
-    """Return the value of each *row*, *missing* for NONE; a run repeats few values very often, so as categories."""
-    names = [missing, *(str(v) for v in values.astype(object).fillna(missing))]
-    codes, categories = pd.factorize(np.array(names, object))
-    return pd.Categorical.from_codes(codes[row + 1], categories=pd.Index(categories))
-
-
-def _per_unit(rows: pd.DataFrame, timeline: Timeline, phase: str) -> pd.DataFrame:
-    """Return the *rows* of *phase* with launches and duration_ns divided by how many units of it were traced."""
-    units = max(1, int(timeline.phases.loc[timeline.phases["phase"] == phase, "tokens"].sum()))
-    chosen = rows[rows["phase"] == phase]
-    return chosen.assign(launches=chosen["launches"] / units, duration_ns=chosen["duration_ns"] / units)
-
-
 def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     if account.joules is None:
         return without_energy(rows, keys)
     return account.joules.split(rows, keys)
 
 
-def _rows(account: PhaseAccount, timeline: Timeline, kernels: pd.DataFrame) -> list[pd.DataFrame]:
+def _rows(account: PhaseAccount, kernels: pd.DataFrame, neighbours: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the phase's kernels by name, its gaps by the kernels around them, and its residual, all per unit."""
-    by_name = _split(account, _per_unit(kernels, timeline, account.phase), ["kind", "name"])
-    gaps = timeline.gaps.assign(launches=1.0, kind="gap")
-    by_gap = _gaps_at_floor(account, _per_unit(gaps, timeline, account.phase), ["kind", "before", "after"])
+    by_name = _split(account, kernels[kernels["phase"] == account.phase], ["kind", "name"])
+    gaps = neighbours[neighbours["phase"] == account.phase].assign(kind="gap")
+    by_gap = _gaps_at_floor(account, gaps, ["kind", "before", "after"])
     by_gap["name"] = by_gap["before"].astype(str) + " → " + by_gap["after"].astype(str)
     parts = [by_name, by_gap.drop(columns=["before", "after"])]
     if account.residual_j is not None:
@@ -185,25 +152,18 @@ def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -
     return by_gap
 
 
-def _explained_gaps(run: RunFolder, device: int) -> pd.DataFrame:
-    """Return the gaps of the pass with host calls: cause, api, op, module, launches (1) and units of the phase."""
-    launches = run.table("launches")
-    passes = set(launches["pass"].astype(str))
-    # Runs recorded before pass *calls* existed have the host's calls in pass *time*.
-    pass_name = next((name for name in ("calls", "time") if name in passes), None)
-    columns = ["cause", "api", "op", "module", "launches", "units"]
-    if pass_name is None:
-        return pd.DataFrame(columns=["phase", "duration_ns", *columns])
-    ranges = run.table("ranges")
-    timeline = build_timeline(run.table("kernels"), launches, ranges, device, pass_name)
-    identified = identify(run, timeline, device) if run.has("ops") else None
-    kernels = _described(run, timeline, identified)
-    gaps = gap_causes(timeline, launches, ranges, run.table("overheads"), pass_name)
-    ended_by = gaps["kernel"].to_numpy() if len(gaps) else np.empty(0, int)
-    units = timeline.phases.groupby("phase")["tokens"].sum()
-    return gaps.assign(
-        op=kernels["op"].to_numpy()[ended_by],
-        module=kernels["module"].to_numpy()[ended_by],
-        launches=1.0,
-        units=gaps["phase"].map(units).astype(float).clip(lower=1.0),
-    )
+def _explained_gaps(
+    run: RunFolder, timeline: Timeline, inspected: Inspected | None, identified: Identified | None
+) -> pd.DataFrame:
+    device = int(run.facts["device"]["index"])
+    pass_name, calls = "calls", read_calls(run, "calls")
+    if len(calls):
+        timeline = read_timeline(run, device, pass_name)
+        identified = identify(inspected, timeline) if inspected is not None else None
+    else:
+        # Runs recorded before pass *calls* existed have the host's calls in pass *time*.
+        pass_name, calls = "time", read_calls(run, "time")
+    if calls.empty:
+        return pd.DataFrame(columns=["phase", "cause", "api", "op", "module", "layer", "launches", "duration_ns"])
+    marks = (run.table(name, where={"pass": pass_name}) for name in ("ranges", "overheads"))
+    return tally_gaps(timeline, identified, run.table("ops", OP_COLUMNS), gap_causes(timeline, calls, *marks))

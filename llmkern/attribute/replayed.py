@@ -11,10 +11,9 @@ import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature
-from llmkern.attribute.identify import NONE, UNIDENTIFIED
+from llmkern.attribute.identify import UNIDENTIFIED
 from llmkern.attribute.joules import MarginalJoules
 from llmkern.attribute.marginal import Features, FloorDoubt, Marginals, Window, estimate_marginals
-from llmkern.attribute.timeline import Timeline
 from llmkern.attribute.weighed import Weighed, counter_of
 from llmkern.run import RunFolder
 
@@ -37,21 +36,20 @@ def gather(
     run: RunFolder,
     weighed: Weighed,
     accounts: Mapping[str, PhaseAccount],
-    timeline: Timeline,
     kernels: pd.DataFrame,
     sensor: tuple[str, int | None],
     limit_w: float = math.inf,
 ) -> Evidence | None:
     """Return the evidence of *run* in its replays and its weighed phases.
 
-    *kernels* are the timeline's with op_index, signature and duration_ns, *sensor* the counter's name and device,
+    *kernels* are those of one unit of each phase (see tally_kernels), *sensor* the counter's name and device,
     *limit_w* the board's power limit. None without replays, an energy counter or an idle floor.
     """
     replays = run.table("replays")
     curve = counter_of(run, *sensor)
     if replays.empty or curve is None or weighed.floor is None or not accounts:
         return None
-    steps = {phase: signature_steps(kernels, timeline, phase) for phase in accounts}
+    steps = {phase: signature_steps(kernels, phase) for phase in accounts}
     features = _features(steps, run.table("ops"))
     power = run.table("power", ["timestamp_ns", "temperature_c", "device"])
     windows = list(replay_windows(replays, curve, weighed, _of_device(power, sensor[1])).values())
@@ -75,17 +73,12 @@ def by_marginals(
     }
 
 
-def signature_steps(kernels: pd.DataFrame, timeline: Timeline, phase: str) -> pd.DataFrame:
+def signature_steps(kernels: pd.DataFrame, phase: str) -> pd.DataFrame:
     """Return by signature the launches of the operator and the ns of its kernels, per unit of *phase*."""
-    units = max(1, int(timeline.phases.loc[timeline.phases["phase"] == phase, "tokens"].sum()))
-    rows = kernels[kernels["phase"] == phase]
-    summed = rows.groupby("signature")["duration_ns"].sum().to_frame() / units
-    # An operator may launch several kernels: it counts once in each step.
-    known = rows[rows["op_index"] != NONE].assign(token=rows["token"].fillna(NONE))
-    calls = known.drop_duplicates(["instance", "token", "op_index"]).groupby("signature").size()
-    # What is not identified is one thing, launched once in each unit.
-    summed["launches"] = (calls / units).reindex(summed.index).fillna(1.0)
-    return summed
+    rows = kernels[kernels["phase"] == phase].groupby("signature")
+    # An operator may launch several kernels, it is called once. What is not identified is one thing, launched once.
+    calls = rows["calls"].sum()
+    return pd.DataFrame({"duration_ns": rows["duration_ns"].sum(), "launches": calls.where(calls > 0, 1.0)})
 
 
 def _features(steps: Mapping[str, pd.DataFrame], ops: pd.DataFrame) -> dict[str, Features]:
@@ -175,13 +168,11 @@ def _phase(account: PhaseAccount, steps: pd.DataFrame, marginals: Marginals, wei
     )
 
 
-def worth_replaying(
-    kernels: pd.DataFrame, timeline: Timeline, phases: list[str], share: float = 0.97, most: int = 12
-) -> list[str]:
+def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.97, most: int = 12) -> list[str]:
     """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them."""
     longest: dict[str, float] = {}
     for phase in phases:
-        frame = signature_steps(kernels, timeline, phase)
+        frame = signature_steps(kernels, phase)
         rows = frame.drop(index=UNIDENTIFIED, errors="ignore")["duration_ns"].sort_values(ascending=False)
         parts = rows / max(float(frame["duration_ns"].sum()), 1.0)
         # One more than reaches the share.

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from llmkern.run import RunFolder
+
+NONE = -1
+_KERNEL_COLUMNS = ["start_ns", "end_ns", "stream", "correlation_id", "name"]
+_LAUNCH_COLUMNS = ["start_ns", "end_ns", "correlation_id", "api"]
+# Keys that leave fewer entries than this empty for each of them are looked up in a table, others by sorting.
+_SPARSE = 8
+
 
 @dataclass(frozen=True)
 class Timeline:
     """The traced generations of one device.
 
-    ``kernels``: rows of table kernels with phase, instance (index into ``phases``) and token.
+    ``kernels``: rows of table kernels with issued_ns, phase, instance (index into ``phases``) and token (NONE between
+    token steps).
     ``phases``: one row per traced phase: phase, repeat, start_ns, end_ns, wall_ns, tokens, kernels, busy_ns, gap_ns.
     ``gaps``: start_ns, duration_ns, phase, instance, token, before, after (kernel names), kernel (the position in
     ``kernels`` of the one that ended it).
@@ -24,6 +33,26 @@ class Timeline:
     gaps: pd.DataFrame
     outside: int
 
+    def units(self, phase: str) -> int:
+        """Return how many units of *phase* were traced: prefill calls, or decoded token steps."""
+        return max(1, int(self.phases.loc[self.phases["phase"] == phase, "tokens"].sum()))
+
+
+def read_timeline(run: RunFolder, device: int, pass_name: str = "time") -> Timeline:
+    """Return the timeline of *pass_name* of *run* on *device*."""
+    return build_timeline(
+        run.table("kernels", _KERNEL_COLUMNS, {"pass": pass_name, "device": device}),
+        read_calls(run, pass_name),
+        run.table("ranges", where={"pass": pass_name}),
+        device,
+        pass_name,
+    )
+
+
+def read_calls(run: RunFolder, pass_name: str) -> pd.DataFrame:
+    """Return the host calls of *pass_name* of *run*."""
+    return run.table("launches", _LAUNCH_COLUMNS, {"pass": pass_name})
+
 
 def build_timeline(
     kernels: pd.DataFrame, launches: pd.DataFrame, ranges: pd.DataFrame, device: int, pass_name: str = "time"
@@ -34,38 +63,75 @@ def build_timeline(
     every token back, so the device has run dry where a step begins. Gaps are the time within a phase in which no
     kernel, copy or memset ran on any stream of *device*, between its first and its last.
     """
-    kernels, launches, ranges = (t[t["pass"] == pass_name] for t in (kernels, launches, ranges))
-    kernels = kernels[kernels["device"] == device].sort_values("start_ns", kind="stable").reset_index(drop=True)
+    kernels, launches, ranges = (only(t, "pass", pass_name) for t in (kernels, launches, ranges))
+    kernels = by_start(only(kernels, "device", device))
     phases = _of_category(ranges, "phase")
     tokens = _of_category(ranges, "token")
     issued_ns = _issued(kernels, launches)
-    instance = _containing(issued_ns, phases)
-    token = _containing(issued_ns, _until_next(tokens, phases))
+    instance = containing(issued_ns, phases).astype(np.int32)
+    token = containing(issued_ns, _until_next(tokens, phases))
     kernels = kernels.assign(
         issued_ns=issued_ns,
         instance=instance,
-        phase=_lookup(phases["phase"], instance).astype("category"),
-        token=_lookup(tokens["token"], token),
+        phase=_phase_of(phases, instance),
+        token=np.append(tokens["token"].fillna(NONE).to_numpy(np.int32), np.int32(NONE))[token],
     )
-    inside = kernels[kernels["instance"] >= 0]
+    inside = instance >= 0
+    outside = int((~inside).sum())
+    if outside:
+        kernels = kernels[inside].reset_index(drop=True)
+        instance = instance[inside]
     # Nanoseconds since 1970 do not fit a float's 53 bits; nanoseconds since the first kernel do.
-    base_ns = int(inside["start_ns"].min()) if len(inside) else 0
-    start = (inside["start_ns"] - base_ns).to_numpy(float)
-    end = (inside["end_ns"] - base_ns).to_numpy(float)
-    previous_end = _previous_end(inside["instance"], end)
-    first = np.isinf(previous_end)
-    idle = np.where(first, 0.0, start - previous_end)
-    busy = np.where(first, end - start, np.maximum(0.0, end - np.maximum(start, previous_end)))
-    by_instance = inside["instance"].to_numpy()
+    base_ns = int(kernels["start_ns"].iloc[0]) if len(kernels) else 0
+    start = kernels["start_ns"].to_numpy() - base_ns
+    end = kernels["end_ns"].to_numpy() - base_ns
+    previous_end = _previous_end(instance, end)
+    first = previous_end < 0
+    idle = np.where(first, 0, start - previous_end)
+    busy = end - np.where(first, start, np.minimum(np.maximum(start, previous_end), end))
     count = len(phases)
     phases = phases.assign(
         wall_ns=phases["end_ns"] - phases["start_ns"],
         tokens=_tokens_in(phases),
-        kernels=np.bincount(by_instance, minlength=count),
-        busy_ns=np.bincount(by_instance, busy, minlength=count),
-        gap_ns=np.bincount(by_instance, np.maximum(0.0, idle), minlength=count),
+        kernels=np.bincount(instance, minlength=count),
+        busy_ns=np.bincount(instance, busy, minlength=count),
+        gap_ns=np.bincount(instance, np.maximum(0, idle), minlength=count),
     )
-    return Timeline(inside, phases, _gaps(inside, idle, previous_end, base_ns), int((kernels["instance"] < 0).sum()))
+    return Timeline(kernels, phases, _gaps(kernels, idle, previous_end, base_ns), outside)
+
+
+def only(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
+    """Return the rows of *frame* with *value* in *column*; the frame itself where all have it or none was read."""
+    if column not in frame:
+        return frame
+    same = (frame[column] == value).to_numpy()
+    return frame if same.all() else frame[same]
+
+
+def by_start(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return *frame* sorted by start_ns and numbered from 0."""
+    starts = frame["start_ns"].to_numpy()
+    # A recorder hands out nearly everything in order; ten million rows are not sorted for nothing.
+    if (starts[1:] < starts[:-1]).any():
+        frame = frame.iloc[np.argsort(starts, kind="stable")]
+    return frame.reset_index(drop=True)
+
+
+def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return for each of *wanted* (integers) its first position in *keys*, NONE for one that is not there."""
+    if not len(keys) or not len(wanted):
+        return np.full(len(wanted), NONE)
+    least, most = int(keys.min()), int(keys.max())
+    if most - least < _SPARSE * len(keys) + 1_000_000 and len(keys) < np.iinfo(np.int32).max:
+        table = np.full(most - least + 2, NONE, np.int32)
+        # The first of equal keys is written last.
+        table[(keys - least)[::-1]] = np.arange(len(keys), dtype=np.int32)[::-1]
+        inside = (wanted >= least) & (wanted <= most)
+        found: np.ndarray = table[np.where(inside, wanted - least, most - least + 1)]
+        return found
+    order = np.argsort(keys, kind="stable")
+    position = np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)
+    return np.where(keys[order[position]] == wanted, order[position], NONE)
 
 
 def _of_category(ranges: pd.DataFrame, category: str) -> pd.DataFrame:
@@ -87,55 +153,71 @@ def _until_next(tokens: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
         return tokens
     start = tokens["start_ns"].to_numpy()
     following = np.append(start[1:], np.iinfo(np.int64).max)
-    own = _containing(start, phases)
+    own = containing(start, phases)
     phase_end = np.where(own >= 0, phases["end_ns"].to_numpy()[np.maximum(own, 0)], tokens["end_ns"].to_numpy())
     return tokens.assign(end_ns=np.minimum(following, phase_end))
 
 
 def _issued(kernels: pd.DataFrame, launches: pd.DataFrame) -> np.ndarray:
     """Return the host time in ns at which each kernel was launched."""
+    own = kernels["start_ns"].to_numpy()
     if launches.empty:
-        return kernels["start_ns"].to_numpy()
-    calls = launches.drop_duplicates("correlation_id").set_index("correlation_id")["start_ns"]
-    issued = kernels["correlation_id"].map(calls)
-    return issued.fillna(kernels["start_ns"]).to_numpy().astype(np.int64)
+        return own
+    call = find(launches["correlation_id"].to_numpy(), kernels["correlation_id"].to_numpy())
+    return np.where(call >= 0, launches["start_ns"].to_numpy()[call], own)
 
 
-def _containing(times_ns: np.ndarray, spans: pd.DataFrame) -> np.ndarray:
-    """Return the index of the span (sorted, not overlapping) that holds each time, -1 for none."""
+def containing(times_ns: np.ndarray, spans: pd.DataFrame) -> np.ndarray:
+    """Return the index of the span (sorted, not overlapping) that holds each time, NONE for none."""
     if spans.empty:
-        return np.full(len(times_ns), -1)
+        return np.full(len(times_ns), NONE)
     index = np.searchsorted(spans["start_ns"].to_numpy(), times_ns, side="right") - 1
     inside = (index >= 0) & (times_ns <= spans["end_ns"].to_numpy()[np.maximum(index, 0)])
-    return np.where(inside, index, -1)
+    return np.where(inside, index, NONE)
 
 
-def _lookup(values: pd.Series, index: np.ndarray) -> pd.Series:
-    padded = values.astype(object).to_numpy() if len(values) else np.array([None], object)
-    found = np.where(index >= 0, padded[np.maximum(index, 0)], None)
-    return pd.Series(found)
+def _phase_of(phases: pd.DataFrame, instance: np.ndarray) -> pd.Categorical:
+    names = phases["phase"].astype("category").cat
+    codes = np.append(names.codes.to_numpy(), np.int8(NONE))
+    return pd.Categorical.from_codes(codes[instance], categories=names.categories)
 
 
-def _previous_end(instance: pd.Series, end_ns: np.ndarray) -> np.ndarray:
-    """Return for each kernel the latest end of all before it in its phase, -inf for the first."""
-    latest = pd.Series(end_ns, instance.index).groupby(instance, sort=False).cummax()
-    return latest.groupby(instance, sort=False).shift().fillna(-np.inf).to_numpy()
+def _previous_end(instance: np.ndarray, end_ns: np.ndarray) -> np.ndarray:
+    """Return for each kernel the latest end of all before it in its phase, NONE for the first; ends are from 0."""
+    order = None
+    if (instance[1:] < instance[:-1]).any():
+        order = np.argsort(instance, kind="stable")
+        instance, end_ns = instance[order], end_ns[order]
+    previous = np.full(len(end_ns), NONE, np.int64)
+    if len(end_ns) > 1:
+        # One running maximum for all phases: each is lifted above everything in those before it.
+        lift = instance.astype(np.int64) * (int(end_ns.max()) + 1)
+        latest = np.maximum.accumulate(end_ns + lift)[:-1] - lift[:-1]
+        previous[1:] = np.where(instance[1:] == instance[:-1], latest, NONE)
+    if order is None:
+        return previous
+    result = np.empty_like(previous)
+    result[order] = previous
+    return result
 
 
 def _gaps(kernels: pd.DataFrame, idle_ns: np.ndarray, previous_end: np.ndarray, base_ns: int) -> pd.DataFrame:
-    names = kernels["name"].astype("category")
-    # Codes shift faster than strings.
-    codes = names.cat.codes.groupby(kernels["instance"], sort=False).shift(fill_value=-1).to_numpy()
-    open_ = idle_ns > 0
+    open_ = np.flatnonzero(idle_ns > 0)
+    names = kernels["name"].astype("category").cat
+    codes = names.codes.to_numpy()
+    # The kernel before is the one that started last before; in a phase's first kernel no gap ends.
+    before, after = (pd.Categorical.from_codes(codes[at], categories=names.categories) for at in (open_ - 1, open_))
     return pd.DataFrame(
         {
-            "start_ns": previous_end[open_].astype(np.int64) + base_ns,
-            "duration_ns": idle_ns[open_],
-            "phase": kernels["phase"].to_numpy()[open_],
+            "start_ns": previous_end[open_] + base_ns,
+            "duration_ns": idle_ns[open_].astype(float),
+            "phase": kernels["phase"].array[open_],
             "instance": kernels["instance"].to_numpy()[open_],
             "token": kernels["token"].to_numpy()[open_],
-            "before": pd.Categorical.from_codes(codes[open_], categories=pd.Index(names.cat.categories)),
-            "after": names.array[open_],
-            "kernel": np.flatnonzero(open_),
-        }
+            "before": before,
+            "after": after,
+            "kernel": open_,
+        },
+        # Columns as they are: ten million rows are not copied into one block.
+        copy=False,
     )

@@ -134,7 +134,7 @@ def _replay(
     key: str | None,
 ) -> None:
     found = attribute(RunFolder(writer.path), equal_power=True)
-    wanted = worth_replaying(found.kernels, found.timeline, list(found.accounts))
+    wanted = worth_replaying(found.kernels, list(found.accounts))
     if key is not None:
         known = replay_cache.load(key)
         known = known[known["signature"].isin(wanted)]

@@ -31,7 +31,7 @@ def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
         *_interruption(facts),
         *_weights(facts),
         *_energy(run, attribution),
-        *_recorder(facts, attribution),
+        *_recorder(run, attribution),
         *_agreement(attribution),
         *_operators(attribution.identified),
         *_groups(attribution),
@@ -121,9 +121,9 @@ def _too_short(run: RunFolder, attribution: Attribution) -> list[str]:
     ]
 
 
-def _recorder(facts: dict[str, Any], attribution: Attribution) -> list[str]:
+def _recorder(run: RunFolder, attribution: Attribution) -> list[str]:
     found = []
-    recorder = facts.get("recorder", {})
+    recorder = run.facts.get("recorder", {})
     dropped, lost = recorder.get("dropped_records", 0), recorder.get("lost_timestamps", 0)
     if dropped or lost:
         found.append(
@@ -135,7 +135,7 @@ def _recorder(facts: dict[str, Any], attribution: Attribution) -> list[str]:
                 f"The recorder made {account.phase} {account.recorder_effect:.1%} longer (limit "
                 f"{RECORDER_LIMIT:.0%}); gap time is taken from the weighed run, their shares from the traced one."
             )
-    devices = attribution.timeline.kernels["device"].nunique() if len(attribution.timeline.kernels) else 1
+    devices = run.table("kernels", ["device"])["device"].nunique()
     if devices > 1:
         found.append(f"Kernels ran on {devices} devices; the accounts are those of one.")
     return found

@@ -8,8 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from llmkern.attribute.identify import NONE, Identified, identify
-from llmkern.attribute.timeline import Timeline, build_timeline
+from llmkern.attribute.identify import Identified, identify, read_inspected
+from llmkern.attribute.timeline import NONE, Timeline, build_timeline
 from llmkern.run import TABLES, RunFolder, write_table
 from tests.synthetic import MS, synthetic_run
 
@@ -45,7 +45,9 @@ def run(tmp_path: Path) -> RunFolder:
 def found(run: RunFolder, kernels: pd.DataFrame | None = None) -> tuple[Identified, Timeline]:
     rows = run.table("kernels") if kernels is None else kernels
     timeline = build_timeline(rows, run.table("launches"), run.table("ranges"), 0)
-    return identify(run, timeline, 0), timeline
+    inspected = read_inspected(run, 0)
+    assert inspected is not None
+    return identify(inspected, timeline), timeline
 
 
 def assert_true_ops(run: RunFolder, result: Identified, timeline: Timeline) -> None:
@@ -99,6 +101,4 @@ def test_a_phase_that_was_not_inspected_stays_unidentified(run: RunFolder) -> No
 
 def test_without_the_pass_nothing_is_known(tmp_path: Path) -> None:
     run, _ = synthetic_run(tmp_path / "run")
-    result, _ = found(run)
-    assert result.share == 0.0
-    assert result.mismatches == []
+    assert read_inspected(run, 0) is None

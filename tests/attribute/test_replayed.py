@@ -118,7 +118,7 @@ def test_a_gain_scales_everything_alike(tmp_path: Path) -> None:
 
 def test_what_takes_the_time_is_replayed_first(tmp_path: Path) -> None:
     _, found = played(tmp_path / "run")
-    described = (found.kernels, found.timeline, list(found.accounts))
+    described = (found.kernels, list(found.accounts))
     wanted = worth_replaying(*described)
     assert set(wanted[:2]) == {"gemv", "softmax"}
     assert worth_replaying(*described, most=1) == wanted[:1]

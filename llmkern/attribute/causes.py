@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.timeline import Timeline
+from llmkern.attribute.timeline import NONE, Timeline, by_start, containing, find
 
-CAUSES = (*("token_boundary", "profiler", "sync_stall", "launch_bound", "dependency", "launch_latency", "unknown"),)
+CAUSES = ("token_boundary", "profiler", "sync_stall", "launch_bound", "dependency", "launch_latency", "unknown")
 # A kernel queued in time starts this soon after the one before it; later, something else held it back.
 LATENCY_NS = 20_000
 # Calls that may hold the host up until the device has done something.
-_BLOCKING = r"Synchronize|Memcpy|Malloc|MemAlloc|Free"
+_BLOCKING = re.compile(r"Synchronize|Memcpy|Malloc|MemAlloc|Free")
 # CUPTI's own work explains a gap that it covers by half.
 _PROFILER_SHARE = 0.5
 
 
 def gap_causes(
-    timeline: Timeline, launches: pd.DataFrame, ranges: pd.DataFrame, overheads: pd.DataFrame, pass_name: str = "calls"
+    timeline: Timeline, launches: pd.DataFrame, ranges: pd.DataFrame, overheads: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return the gaps of *timeline* with ``cause`` and ``api``, the call in which the host was blocked ("": in none).
+    """Return the gaps of *timeline* with ``cause`` and ``api``, the call that blocked the host in a stall.
 
     In this order: ``token_boundary`` (between two forwards: sampling, stopping criteria, preparing the next),
     ``profiler`` (CUPTI was at work), ``sync_stall`` (the host was blocked in a synchronisation, a read-back or an
@@ -29,51 +31,50 @@ def gap_causes(
     """
     gaps, kernels = timeline.gaps, timeline.kernels
     if gaps.empty:
-        return gaps.assign(cause=np.empty(0, object), api=np.empty(0, object))
-    calls = launches[launches["pass"] == pass_name].sort_values("start_ns", kind="stable")
+        return gaps.assign(cause=pd.Categorical([], CAUSES), api=pd.Categorical([]))
+    calls = by_start(launches)
     ended_by = gaps["kernel"].to_numpy()
-    correlation = kernels["correlation_id"].to_numpy()[ended_by]
-    by_id = calls.drop_duplicates("correlation_id").set_index("correlation_id")
-    position = by_id.index.get_indexer(correlation)
-    recorded = position >= 0
-    issue_start = np.where(recorded, by_id["start_ns"].to_numpy()[position] if len(by_id) else 0, 0)
-    issue_end = np.where(recorded, by_id["end_ns"].to_numpy()[position] if len(by_id) else 0, 0)
-    dry_ns = gaps["start_ns"].to_numpy()
+    issued_by = find(calls["correlation_id"].to_numpy(), kernels["correlation_id"].to_numpy()[ended_by])
+    recorded = issued_by >= 0
+    dry_ns, duration_ns = gaps["start_ns"].to_numpy(), gaps["duration_ns"].to_numpy()
+    issue_start = np.append(calls["start_ns"].to_numpy(), 0)[issued_by]
     api = _blocking(calls, dry_ns, issue_start)
-    late = issue_end > dry_ns
+    late = np.append(calls["end_ns"].to_numpy(), 0)[issued_by] > dry_ns
     stream = kernels["stream"].to_numpy()
-    other_stream = stream[ended_by] != stream[np.maximum(ended_by - 1, 0)]
-    waited = gaps["duration_ns"].to_numpy() > LATENCY_NS
-    cause = np.select(
-        [
-            _at_boundary(kernels, ranges[ranges["pass"] == pass_name], ended_by, issue_start, recorded),
-            _covered(overheads[overheads["pass"] == pass_name], dry_ns, gaps["duration_ns"].to_numpy()),
-            ~recorded,
-            late & (api != ""),
-            late,
-            waited & other_stream,
-        ],
-        ["token_boundary", "profiler", "unknown", "sync_stall", "launch_bound", "dependency"],
-        "launch_latency",
-    )
-    return gaps.assign(cause=cause.astype(object), api=np.where(cause == "sync_stall", api, ""))
+    other_stream = stream[ended_by] != stream[ended_by - 1]
+    # From the weakest claim to the strongest: the later overrides.
+    cause = np.full(len(gaps), CAUSES.index("launch_latency"), np.int8)
+    for name, holds in (
+        ("dependency", (duration_ns > LATENCY_NS) & other_stream),
+        ("launch_bound", late),
+        ("sync_stall", late & (api.codes >= 0)),
+        ("unknown", ~recorded),
+        ("profiler", _covered(overheads, dry_ns, duration_ns)),
+        ("token_boundary", _at_boundary(kernels, ranges, ended_by, issue_start, recorded)),
+    ):
+        cause[holds] = CAUSES.index(name)
+    stalled = cause == CAUSES.index("sync_stall")
+    api = pd.Categorical.from_codes(np.where(stalled, api.codes, -1), dtype=api.dtype)
+    return gaps.assign(cause=pd.Categorical.from_codes(cause, categories=pd.Index(CAUSES)), api=api)
 
 
-def _blocking(calls: pd.DataFrame, dry_ns: np.ndarray, issue_ns: np.ndarray) -> np.ndarray:
+def _blocking(calls: pd.DataFrame, dry_ns: np.ndarray, issue_ns: np.ndarray) -> pd.Categorical:
     """Return the call in which the host was blocked when the device ran dry, until it issued the next kernel."""
-    waits = calls[calls["api"].astype(str).str.contains(_BLOCKING).to_numpy()]
-    found = np.full(len(dry_ns), "", object)
-    if waits.empty:
-        return found
-    start, end = waits["start_ns"].to_numpy(), waits["end_ns"].to_numpy()
+    names = calls["api"].astype("category").cat
+    blocks = np.array([bool(_BLOCKING.search(str(name))) for name in names.categories], bool)
+    waits = np.flatnonzero(blocks[names.codes.to_numpy()]) if len(blocks) else np.empty(0, int)
+    if not len(waits):
+        return pd.Categorical.from_codes(np.full(len(dry_ns), -1), categories=names.categories)
+    start, end = calls["start_ns"].to_numpy()[waits], calls["end_ns"].to_numpy()[waits]
     last = np.searchsorted(start, dry_ns, side="right") - 1
     # Of the calls that began before the device ran dry the last may be short and an earlier one still open.
     latest_end = np.maximum.accumulate(end)
-    inside = (last >= 0) & (latest_end[np.maximum(last, 0)] >= dry_ns) & (latest_end[np.maximum(last, 0)] <= issue_ns)
-    holder = np.searchsorted(latest_end, latest_end[np.maximum(last, 0)], side="left")
-    labels = waits["api"].astype(str).to_numpy()
-    found[inside] = labels[holder[inside]]
-    return found
+    # Which call it was that ended the latest: the last that raised the maximum.
+    holder = np.maximum.accumulate(np.where(end >= latest_end, np.arange(len(end)), 0))
+    at = np.maximum(last, 0)
+    inside = (last >= 0) & (latest_end[at] >= dry_ns) & (latest_end[at] <= issue_ns)
+    codes = np.where(inside, names.codes.to_numpy()[waits[holder[at]]], -1)
+    return pd.Categorical.from_codes(codes, categories=names.categories)
 
 
 def _at_boundary(
@@ -83,16 +84,10 @@ def _at_boundary(
     forwards = ranges[ranges["category"] == "token"].sort_values("start_ns")
     if forwards.empty:
         return np.zeros(len(ended_by), bool)
-    start, end = forwards["start_ns"].to_numpy(), forwards["end_ns"].to_numpy()
-
-    def forward(times_ns: np.ndarray) -> np.ndarray:
-        index = np.searchsorted(start, times_ns, side="right") - 1
-        return np.where((index >= 0) & (times_ns <= end[np.maximum(index, 0)]), index, -1)
-
     issued = kernels["issued_ns"].to_numpy()
-    own = forward(np.where(recorded, issue_ns, issued[ended_by]))
-    before = forward(issued[np.maximum(ended_by - 1, 0)])
-    result: np.ndarray = (own < 0) | (own != before)
+    own = containing(np.where(recorded, issue_ns, issued[ended_by]), forwards)
+    before = containing(issued[ended_by - 1], forwards)
+    result: np.ndarray = (own == NONE) | (own != before)
     return result
 
 

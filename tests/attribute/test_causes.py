@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from llmkern.attribute.causes import CAUSES, gap_causes
 from llmkern.attribute.timeline import build_timeline
-from llmkern.explain.causes import CAUSES, gap_causes
 
 US = 1_000
 BASE_NS = 1_790_000_000_000_000_000

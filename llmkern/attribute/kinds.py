@@ -9,7 +9,6 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
-import numpy as np
 import pandas as pd
 
 from llmkern.attribute.identify import UNIDENTIFIED
@@ -98,15 +97,7 @@ def kind_of(op: str, module: str, shapes: str, name: str) -> str:
     return "other"
 
 
-def kinds(kernels: pd.DataFrame) -> pd.Series:
-    """Return the kind of each of *kernels* (op, module, shapes, name, as an attribution has them)."""
-    columns = kernels[["op", "module", "shapes", "name"]]
-    # A run launches the same few hundred combinations over and over.
-    group = columns.groupby(list(columns.columns), sort=False, dropna=False, observed=True).ngroup().to_numpy()
-    first = columns[~pd.Series(group).duplicated().to_numpy()]
-    known = [
-        kind_of("" if op == UNIDENTIFIED else str(op), str(module), str(shapes), str(name))
-        for op, module, shapes, name in first.itertuples(index=False)
-    ]
-    found = np.array(known, object)[group] if len(known) else np.empty(0, object)
-    return pd.Series(found, index=kernels.index, dtype=object)
+def kinds(kernels: pd.DataFrame) -> list[str]:
+    """Return the kind of each of *kernels* (op, module, shapes, name)."""
+    rows = kernels[["op", "module", "shapes", "name"]].astype(str).itertuples(index=False)
+    return [kind_of("" if op == UNIDENTIFIED else op, module, shapes, name) for op, module, shapes, name in rows]
