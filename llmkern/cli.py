@@ -1,4 +1,4 @@
-"""The command line: ``llmkern trace | report | doctor``."""
+"""The command line: ``llmkern trace | report | diff | doctor | models``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ INTERNAL_ERROR = 70
 @click.version_option(__version__, prog_name="llmkern")
 def cli() -> None:
     """Where each joule of an LLM inference run goes: which kernel, or which idle gap between kernels."""
+
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (docs/json.md) instead.")
+_TOP = click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the longer tables.")
+_DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -81,12 +86,11 @@ def cli() -> None:
     "--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/DATE-MODEL-PRECISION]"
 )
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
-@click.option(
-    "--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps."
-)
+@_TOP
+@_JSON
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-@click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
-def trace(top: int, quiet: bool, debug: bool, **options: Any) -> None:
+@_DEBUG
+def trace(top: int, as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
     """Run a model, record its kernels and energy, and print where the joules went."""
     from llmkern.progress import Stages
     from llmkern.workload.models import find_model
@@ -98,36 +102,84 @@ def trace(top: int, quiet: bool, debug: bool, **options: Any) -> None:
         from llmkern.record.options import TraceOptions
         from llmkern.record.session import trace as record
     folder = record(TraceOptions(**options), stages)
-    _print_report(folder, top)
+    _report(folder, top, as_json)
 
 
 @cli.command(context_settings=_CONTEXT)
 @click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
-@click.option(
-    "--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the tables of kernels and gaps."
-)
-@click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
-def report(run_folder: Path, top: int, debug: bool) -> None:
-    """Print the report of run folder RUN again."""
-    _print_report(run_folder, top)
+@_TOP
+@_JSON
+@click.option("--csv", "csv_folder", type=click.Path(path_type=Path), help="Write every table as CSV to this folder.")
+@_DEBUG
+def report(run_folder: Path, top: int, as_json: bool, csv_folder: Path | None, debug: bool) -> None:
+    """Print the report of run folder RUN again, or write it as JSON or CSV."""
+    _report(run_folder, top, as_json, csv_folder)
 
 
 @cli.command(context_settings=_CONTEXT)
-@click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
-def doctor(debug: bool) -> None:
+@click.argument("before", metavar="BEFORE", type=click.Path(path_type=Path))
+@click.argument("after", metavar="AFTER", type=click.Path(path_type=Path))
+@click.option("--against", metavar="FIX", help="Check what the run BEFORE predicted for this fix (graph, ...).")
+@_TOP
+@_JSON
+@click.option("--csv", "csv_folder", type=click.Path(path_type=Path), help="Write every table as CSV to this folder.")
+@_DEBUG
+def diff(
+    before: Path, after: Path, against: str | None, top: int, as_json: bool, csv_folder: Path | None, debug: bool
+) -> None:
+    """Say where the difference per token between two runs went: which kernels, which gaps, which modules."""
+    from llmkern.attribute.attribution import attribute
+    from llmkern.explain.compare import compare
+    from llmkern.report.difference import print_difference
+    from llmkern.report.document import difference_document, echo
+    from llmkern.report.tables import difference_tables, write_csv
+    from llmkern.run import RunFolder
+
+    first, second = (attribute(RunFolder(path)) for path in (before, after))
+    differences = compare(first, second, against)
+    if csv_folder is not None:
+        write_csv(difference_tables(differences), csv_folder)
+    if as_json:
+        echo(difference_document(first, second, differences))
+    else:
+        print_difference(first, second, differences, _console(), top)
+
+
+@cli.command(context_settings=_CONTEXT)
+@_JSON
+@_DEBUG
+def doctor(as_json: bool, debug: bool) -> None:
     """Say what works on this machine and what to do about the rest."""
     from llmkern.doctor import examine, print_findings
 
-    print_findings(examine(), _console())
+    found = examine()
+    if as_json:
+        from dataclasses import asdict
+
+        from llmkern.report.document import SCHEMA, echo
+
+        echo({"schema": SCHEMA, "document": "doctor", "findings": [asdict(finding) for finding in found]})
+    else:
+        print_findings(found, _console())
 
 
 @cli.command(context_settings=_CONTEXT)
-def models() -> None:
+@_JSON
+def models(as_json: bool) -> None:
     """List the models that --model knows by name."""
     from rich.table import Table
 
     from llmkern.workload.models import REGISTRY
 
+    if as_json:
+        from llmkern.report.document import SCHEMA, echo
+
+        rows = [
+            {"name": s.name, "parameters": s.parameters, "hub_id": s.hub_id, "aliases": list(s.aliases)}
+            for s in REGISTRY.values()
+        ]
+        echo({"schema": SCHEMA, "document": "models", "models": rows})
+        return
     table = Table(box=None, pad_edge=False)
     for title in ("name", "parameters", "Hugging Face id", "also called"):
         table.add_column(title, justify="right" if title == "parameters" else "left")
@@ -144,11 +196,30 @@ def _console() -> Any:
     return Console(width=width)
 
 
-def _print_report(folder: Path, top: int) -> None:
-    from llmkern.report.terminal import print_report
-    from llmkern.run import RunFolder
+def _report(folder: Path, top: int, as_json: bool, csv_folder: Path | None = None) -> None:
+    from llmkern.attribute.attribution import attribute
+    from llmkern.explain import Explanation
+    from llmkern.report.doubts import doubts
+    from llmkern.run import RunFolder, write_table
 
-    print_report(RunFolder(folder), _console(), top)
+    run = RunFolder(folder)
+    explanation = Explanation(attribute(run))
+    frame = explanation.attribution.frame
+    if run.complete:
+        write_table(run.path, "attribution", {c: frame[c] for c in frame.columns})
+    uncertain = doubts(run, explanation.attribution)
+    if csv_folder is not None:
+        from llmkern.report.tables import run_tables, write_csv
+
+        write_csv(run_tables(explanation), csv_folder)
+    if as_json:
+        from llmkern.report.document import echo, report_document
+
+        echo(report_document(explanation, uncertain))
+        return
+    from llmkern.report.terminal import print_report
+
+    print_report(explanation, uncertain, _console(), top)
 
 
 def run(command: click.Command, program: str) -> None:

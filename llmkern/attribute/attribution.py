@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount, account_phase
-from llmkern.attribute.causes import gap_causes
+from llmkern.attribute.host import HostTrace, read_host
 from llmkern.attribute.identify import Identified, Inspected, identify, read_inspected
 from llmkern.attribute.joules import EqualPower, without_energy
 from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
-from llmkern.attribute.tally import OP_COLUMNS, tally_gaps, tally_kernels, tally_neighbours
-from llmkern.attribute.timeline import Timeline, read_calls, read_timeline
+from llmkern.attribute.tally import OP_COLUMNS, tally_kernels, tally_neighbours
+from llmkern.attribute.timeline import Timeline, read_timeline
 from llmkern.attribute.weighed import Weighed, weigh_phases
 from llmkern.run import TABLES, RunFolder
 
@@ -44,12 +44,17 @@ class Attribution:
     device: int | None
 
     @cached_property
-    def gaps(self) -> pd.DataFrame:
-        """Return the gaps of one unit of each phase, from the pass that recorded host calls (see tally_gaps).
+    def host_trace(self) -> HostTrace | None:
+        """Return what the host did, None where no host call was recorded."""
+        device = int(self.run.facts["device"]["index"])
+        return read_host(self.run, device, self.timeline, self.inspected, self.identified)
 
-        Empty where no host call was recorded.
-        """
-        return _explained_gaps(self.run, self.timeline, self.inspected, self.identified)
+    @cached_property
+    def gaps(self) -> pd.DataFrame:
+        """Return the gaps of one unit of each phase by cause and operator (see tally_gaps); empty without calls."""
+        if self.host_trace is not None:
+            return self.host_trace.gaps
+        return pd.DataFrame(columns=["phase", "cause", "kind", "op", "module", "layer", "launches", "duration_ns"])
 
     def split(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``kernels``), launches, duration_ns and energies per unit of *phase*.
@@ -150,20 +155,3 @@ def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -
     if by_gap["duration_ns"].sum() > 0:
         by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
     return by_gap
-
-
-def _explained_gaps(
-    run: RunFolder, timeline: Timeline, inspected: Inspected | None, identified: Identified | None
-) -> pd.DataFrame:
-    device = int(run.facts["device"]["index"])
-    pass_name, calls = "calls", read_calls(run, "calls")
-    if len(calls):
-        timeline = read_timeline(run, device, pass_name)
-        identified = identify(inspected, timeline) if inspected is not None else None
-    else:
-        # Runs recorded before pass *calls* existed have the host's calls in pass *time*.
-        pass_name, calls = "time", read_calls(run, "time")
-    if calls.empty:
-        return pd.DataFrame(columns=["phase", "cause", "api", "op", "module", "layer", "launches", "duration_ns"])
-    marks = (run.table(name, where={"pass": pass_name}) for name in ("ranges", "overheads"))
-    return tally_gaps(timeline, identified, run.table("ops", OP_COLUMNS), gap_causes(timeline, calls, *marks))

@@ -18,9 +18,7 @@ _BLOCKING = re.compile(r"Synchronize|Memcpy|Malloc|MemAlloc|Free")
 _PROFILER_SHARE = 0.5
 
 
-def gap_causes(
-    timeline: Timeline, launches: pd.DataFrame, ranges: pd.DataFrame, overheads: pd.DataFrame
-) -> pd.DataFrame:
+def gap_causes(timeline: Timeline, launches: pd.DataFrame, overheads: pd.DataFrame) -> pd.DataFrame:
     """Return the gaps of *timeline* with ``cause`` and ``api``, the call that blocked the host in a stall.
 
     In this order: ``token_boundary`` (between two forwards: sampling, stopping criteria, preparing the next),
@@ -50,7 +48,7 @@ def gap_causes(
         ("sync_stall", late & (api.codes >= 0)),
         ("unknown", ~recorded),
         ("profiler", _covered(overheads, dry_ns, duration_ns)),
-        ("token_boundary", _at_boundary(kernels, ranges, ended_by, issue_start, recorded)),
+        ("token_boundary", _at_boundary(kernels, timeline.forwards, ended_by, issue_start, recorded)),
     ):
         cause[holds] = CAUSES.index(name)
     stalled = cause == CAUSES.index("sync_stall")
@@ -78,10 +76,9 @@ def _blocking(calls: pd.DataFrame, dry_ns: np.ndarray, issue_ns: np.ndarray) -> 
 
 
 def _at_boundary(
-    kernels: pd.DataFrame, ranges: pd.DataFrame, ended_by: np.ndarray, issue_ns: np.ndarray, recorded: np.ndarray
+    kernels: pd.DataFrame, forwards: pd.DataFrame, ended_by: np.ndarray, issue_ns: np.ndarray, recorded: np.ndarray
 ) -> np.ndarray:
     """Whether the kernel that ended each gap was launched outside the forward in which the one before it was."""
-    forwards = ranges[ranges["category"] == "token"].sort_values("start_ns")
     if forwards.empty:
         return np.zeros(len(ended_by), bool)
     issued = kernels["issued_ns"].to_numpy()

@@ -60,22 +60,22 @@ def tally_kernels(timeline: Timeline, identified: Identified | None, ops: pd.Dat
 def tally_gaps(
     timeline: Timeline, identified: Identified | None, ops: pd.DataFrame, gaps: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return *gaps* (with cause and api) of one unit of each phase, a row per cause, call and operator that ended them.
+    """Return *gaps* (with cause) of one unit of each phase, a row per cause and kernel that ended them.
 
-    Columns: phase, cause, api, op, module, layer, shapes, dtypes, signature, launches (how many) and duration_ns.
+    Columns: phase, cause, name, op_index, op, module, layer, shapes, dtypes, signature, kind (of the kernel), launches
+    (how many gaps) and duration_ns.
     """
-    keys = [gaps[c].astype("category").cat for c in ("phase", "cause", "api")]
-    none = [np.append(k.categories.to_numpy(object), "") for k in keys]
+    keys = [gaps[c].astype("category").cat for c in ("phase", "cause", "after")]
     op = np.full(len(gaps), NONE) if identified is None else identified.op[gaps["kernel"].to_numpy()]
-    codes, (count, total_ns) = summed_by(
-        [*(k.codes.to_numpy() + 1 for k in keys), op + 1], gaps["duration_ns"].to_numpy()
-    )
+    codes, (count, total_ns) = summed_by([*(k.codes.to_numpy() for k in keys), op + 1], gaps["duration_ns"].to_numpy())
     named = {
-        column: names[code - 1] for column, names, code in zip(("phase", "cause", "api"), none, codes[:3], strict=True)
+        column: key.categories.to_numpy(object)[code]
+        for column, key, code in zip(("phase", "cause", "name"), keys, codes[:3], strict=True)
     }
-    frame = pd.DataFrame({**named, **described(ops, codes[3] - 1), "launches": count, "duration_ns": total_ns})
-    units = frame["phase"].map({p: timeline.units(p) for p in frame["phase"].unique()}).astype(float)
-    return frame.assign(launches=frame["launches"] / units, duration_ns=frame["duration_ns"] / units)
+    index = {"op_index": codes[3] - 1, **described(ops, codes[3] - 1)}
+    frame = pd.DataFrame({**named, **index, "launches": count, "duration_ns": total_ns})
+    units = _units(timeline, frame)
+    return frame.assign(launches=frame["launches"] / units, duration_ns=frame["duration_ns"] / units, kind=kinds(frame))
 
 
 def tally_neighbours(timeline: Timeline) -> pd.DataFrame:
@@ -88,8 +88,12 @@ def tally_neighbours(timeline: Timeline) -> pd.DataFrame:
         for column, key, code in zip(("phase", "before", "after"), keys, codes, strict=True)
     }
     frame = pd.DataFrame({**named, "launches": count, "duration_ns": total_ns})
-    units = frame["phase"].map({p: timeline.units(p) for p in frame["phase"].unique()}).astype(float)
+    units = _units(timeline, frame)
     return frame.assign(launches=frame["launches"] / units, duration_ns=frame["duration_ns"] / units)
+
+
+def _units(timeline: Timeline, frame: pd.DataFrame) -> pd.Series:
+    return frame["phase"].map({p: timeline.units(p) for p in frame["phase"].unique()}).astype(float)
 
 
 def described(ops: pd.DataFrame, index: np.ndarray) -> dict[str, np.ndarray]:

@@ -25,12 +25,14 @@ class Timeline:
     ``phases``: one row per traced phase: phase, repeat, start_ns, end_ns, wall_ns, tokens, kernels, busy_ns, gap_ns.
     ``gaps``: start_ns, duration_ns, phase, instance, token, before, after (kernel names), kernel (the position in
     ``kernels`` of the one that ended it).
+    ``forwards``: the ranges of the model's forwards by their start.
     ``outside``: kernels that belong to no phase.
     """
 
     kernels: pd.DataFrame
     phases: pd.DataFrame
     gaps: pd.DataFrame
+    forwards: pd.DataFrame
     outside: int
 
     def units(self, phase: str) -> int:
@@ -38,11 +40,11 @@ class Timeline:
         return max(1, int(self.phases.loc[self.phases["phase"] == phase, "tokens"].sum()))
 
 
-def read_timeline(run: RunFolder, device: int, pass_name: str = "time") -> Timeline:
-    """Return the timeline of *pass_name* of *run* on *device*."""
+def read_timeline(run: RunFolder, device: int, pass_name: str = "time", calls: pd.DataFrame | None = None) -> Timeline:
+    """Return the timeline of *pass_name* of *run* on *device*; *calls* are its host calls, if they are read already."""
     return build_timeline(
         run.table("kernels", _KERNEL_COLUMNS, {"pass": pass_name, "device": device}),
-        read_calls(run, pass_name),
+        read_calls(run, pass_name) if calls is None else calls,
         run.table("ranges", where={"pass": pass_name}),
         device,
         pass_name,
@@ -50,8 +52,8 @@ def read_timeline(run: RunFolder, device: int, pass_name: str = "time") -> Timel
 
 
 def read_calls(run: RunFolder, pass_name: str) -> pd.DataFrame:
-    """Return the host calls of *pass_name* of *run*."""
-    return run.table("launches", _LAUNCH_COLUMNS, {"pass": pass_name})
+    """Return the host calls of *pass_name* of *run* by their start: start_ns, end_ns, correlation_id, api."""
+    return by_start(run.table("launches", _LAUNCH_COLUMNS, {"pass": pass_name}))
 
 
 def build_timeline(
@@ -97,7 +99,7 @@ def build_timeline(
         busy_ns=np.bincount(instance, busy, minlength=count),
         gap_ns=np.bincount(instance, np.maximum(0, idle), minlength=count),
     )
-    return Timeline(kernels, phases, _gaps(kernels, idle, previous_end, base_ns), outside)
+    return Timeline(kernels, phases, _gaps(kernels, idle, previous_end, base_ns), tokens, outside)
 
 
 def only(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:

@@ -49,6 +49,7 @@ class CudaDevice:
             "multiprocessors": self._properties.multi_processor_count,
             "memory_bytes": self._properties.total_memory,
             "l2_bytes": self._properties.L2_cache_size,
+            "memory_bytes_per_s": _memory_bytes_per_s(self._properties),
             **{
                 key: info.get(key)
                 for key in (
@@ -88,6 +89,13 @@ class CudaDevice:
                 "Nsight Systems started this process: it is another profiler, CUPTI serves one at a time, and its cost "
                 "would be in every joule; run the command without nsys."
             )
+
+
+def _memory_bytes_per_s(properties: Any) -> float | None:
+    """Return the bandwidth that memory clock and bus width allow, None where PyTorch does not know them."""
+    clock_khz, bus_bits = (getattr(properties, name, None) for name in ("memory_clock_rate", "memory_bus_width"))
+    # Both edges of the clock carry data.
+    return 2 * clock_khz * 1e3 * bus_bits / 8 if clock_khz and bus_bits else None
 
 
 def native() -> Any:

@@ -121,7 +121,7 @@ def flops(
     if name.startswith("aten.scaled_dot_product_attention"):
         query, key = inputs[0].shape, inputs[1].shape
         return 4 * inputs[0].numel() * key[-2] if len(query) >= 2 else 0
-    quantized = name.startswith("bitsandbytes.") and any(w in name for w in ("linear", "gemv", "scaled_mm"))
+    quantized = name.startswith("bitsandbytes.") and any(w in name for w in ("linear", "gemv", "gemm", "scaled_mm"))
     if quantized or name.startswith(("aten.linear.", "aten.matmul.")):
         # The inner dimension is that of the activations, which come first.
         return 2 * outputs[0].numel() * inputs[0].shape[-1]

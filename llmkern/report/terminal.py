@@ -12,32 +12,35 @@ from rich.table import Table
 from rich.text import Text
 
 from llmkern.attribute.account import PhaseAccount
-from llmkern.attribute.attribution import Attribution, attribute
+from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.calibration import calibrate, choose, describe
 from llmkern.attribute.estimate import Estimate
 from llmkern.attribute.memory import memory_energy
-from llmkern.report.doubts import doubts
-from llmkern.report.text import count, gap_name, quantity, short_name, with_interval
-from llmkern.run import RunFolder, write_table
+from llmkern.explain import Explanation
+from llmkern.report.heading import heading
+from llmkern.report.why import print_findings, print_predictions
+from llmkern.run import RunFolder
+from llmkern.text import count, gap_name, quantity, short_name, with_interval
 
 # The low end of what CPU-energy studies use for DDR DIMMs: 3 W per 8 GB (CodeCarbon's methodology page).
 RAM_W_PER_GIB = 0.375
 
 
-def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
-    """Attribute *run*, write its ``attribution`` table, and print the report; returns the attribution."""
-    attribution = attribute(run)
-    if run.complete:
-        write_table(run.path, "attribution", {c: attribution.frame[c] for c in attribution.frame.columns})
-    uncertain = doubts(run, attribution)
+def print_report(explanation: Explanation, uncertain: list[str], console: Console, top: int = 8) -> None:
+    """Print the report of a run; *uncertain* are its doubts, the first of an incomplete run that it is one."""
+    attribution = explanation.attribution
+    run = attribution.run
+    uncertain = list(uncertain)
     console.print()
-    for heading in _heading(run.facts):
-        console.print(heading, highlight=False)
+    for title in heading(run.facts):
+        console.print(title, highlight=False)
     if not run.complete:
         console.print(Text(uncertain.pop(0), style="bold yellow"))
     console.print()
     if attribution.accounts:
         console.print(_phase_table(run, attribution))
+        print_findings(explanation, console)
+        print_predictions(explanation, console)
         console.print()
         console.print(_side_by_side("kind", attribution, attribution.split))
         if len(attribution.gaps):
@@ -63,24 +66,6 @@ def print_report(run: RunFolder, console: Console, top: int = 8) -> Attribution:
     for line in uncertain:
         console.print(Padding(f"• {line}", (0, 0, 0, 2)), highlight=False)
     console.print(f"\nRun folder: {run.path}", highlight=False, soft_wrap=True)
-    return attribution
-
-
-def _heading(facts: dict[str, Any]) -> list[Text]:
-    options, model, device = facts["options"], facts.get("model", {}), facts["device"]
-    prompts = facts.get("prompts", {})
-    versions = facts["versions"]
-    driver = f", driver {device['driver_version']}" if device.get("driver_version") else ""
-    libraries = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "bitsandbytes") if versions.get(k))
-    weights = f"{model['weights']} weights, {quantity(model['weight_bytes'], 'B')}" if model else "weights not loaded"
-    return [
-        Text(
-            f"{model.get('name', options['model'])} {options['precision']}: batch {options['batch']}, "
-            f"{prompts.get('tokens', '?')} prompt tokens, {options['new_tokens']} new tokens, {weights}",
-            style="bold",
-        ),
-        Text(f"{device['name']}{driver}; {libraries}; {facts['started']}", style="dim"),
-    ]
 
 
 def _phase_table(run: RunFolder, attribution: Attribution) -> Table:

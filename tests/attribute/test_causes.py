@@ -62,7 +62,7 @@ class Trace:
             np.int64
         )
         timeline = build_timeline(kernels, calls, marks, 0, "calls")
-        return gap_causes(timeline, calls, marks, overheads)
+        return gap_causes(timeline, calls, overheads)
 
 
 def first(trace: Trace) -> pd.Series:

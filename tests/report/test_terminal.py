@@ -11,8 +11,8 @@ from rich.console import Console
 
 from llmkern.attribute.estimate import Estimate
 from llmkern.report.terminal import print_report
-from llmkern.report.text import count, quantity, short_name, with_interval
 from llmkern.run import RunFolder
+from llmkern.text import count, quantity, short_name, with_interval
 from tests.synthetic import Builder, Truth, synthetic_run
 
 

@@ -1,0 +1,90 @@
+"""What the host did while the device ran: the pass with host calls, its gaps by cause, its calls by operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.causes import gap_causes
+from llmkern.attribute.identify import Identified, Inspected, identify
+from llmkern.attribute.tally import OP_COLUMNS, described, summed_by, tally_gaps
+from llmkern.attribute.timeline import NONE, Timeline, containing, read_calls, read_timeline
+from llmkern.run import RunFolder
+
+# Calls that return only when the device has done what was queued before them. A copy to pageable host memory
+# (cudaMemcpyAsync of a read-back) is followed by a synchronisation of its own in PyTorch.
+WAITS = r"Synchronize|^cudaMemcpy(?:2D|3D)?(?:_v\d+)?$|^cuMemcpy(?:DtoH|HtoD)(?:_v\d+)?$"
+
+
+@dataclass(frozen=True)
+class HostTrace:
+    """The pass that recorded host calls.
+
+    ``calls``: its host calls by their start (start_ns, end_ns, correlation_id, api). ``gaps``: those of one unit of
+    each phase (see tally_gaps). ``tally``: the calls of one unit of each phase by operator (see tally_calls).
+    """
+
+    timeline: Timeline
+    identified: Identified | None
+    calls: pd.DataFrame
+    gaps: pd.DataFrame
+    tally: pd.DataFrame
+
+
+def read_host(
+    run: RunFolder, device: int, timed: Timeline, inspected: Inspected | None, identified: Identified | None
+) -> HostTrace | None:
+    """Return what the host did, None where no pass recorded its calls; *timed* is pass *time*, as *identified*."""
+    timeline = timed
+    pass_name, calls = "calls", read_calls(run, "calls")
+    if len(calls):
+        timeline = read_timeline(run, device, pass_name, calls)
+        identified = identify(inspected, timeline) if inspected is not None else None
+    else:
+        # Runs recorded before pass *calls* existed have the host's calls in pass *time*.
+        pass_name, calls = "time", read_calls(run, "time")
+    if calls.empty:
+        return None
+    overheads = run.table("overheads", where={"pass": pass_name})
+    ops = run.table("ops", OP_COLUMNS)
+    gaps = tally_gaps(timeline, identified, ops, gap_causes(timeline, calls, overheads))
+    return HostTrace(timeline, identified, calls, gaps, tally_calls(timeline, identified, ops, calls))
+
+
+def tally_calls(
+    timeline: Timeline, identified: Identified | None, ops: pd.DataFrame, calls: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the host calls of one unit of each phase, a row per api and operator.
+
+    A call belongs to the operator whose kernel was launched last before or by it: a read-back launches a copy and then
+    waits for it. Columns: phase, api, waits, op, module, layer, shapes, dtypes, signature, launches (how many calls),
+    duration_ns.
+    """
+    phases = timeline.phases
+    instance = containing(calls["start_ns"].to_numpy(), phases)
+    inside = instance >= 0
+    calls, instance = calls[inside], instance[inside]
+    api = calls["api"].astype("category").cat
+    issued = timeline.kernels["issued_ns"].to_numpy()
+    order = np.argsort(issued, kind="stable")
+    last = np.searchsorted(issued[order], calls["start_ns"].to_numpy(), side="right") - 1
+    op = np.full(len(calls), NONE)
+    if identified is not None and len(order):
+        op = np.where(last >= 0, identified.op[order[np.maximum(last, 0)]], NONE)
+    phase, names = pd.factorize(phases["phase"].astype(object))
+    duration_ns = (calls["end_ns"] - calls["start_ns"]).to_numpy(float)
+    codes, (count, total_ns) = summed_by([phase[instance], api.codes.to_numpy(), op + 1], duration_ns)
+    named = api.categories.astype(str).to_numpy(object)[codes[1]]
+    units = np.array([float(timeline.units(str(name))) for name in names])[codes[0]]
+    return pd.DataFrame(
+        {
+            "phase": np.asarray(names, object)[codes[0]],
+            "api": named,
+            "waits": pd.Series(named, dtype=object).str.contains(WAITS).to_numpy(bool),
+            **described(ops, codes[2] - 1),
+            "launches": count / units,
+            "duration_ns": total_ns / units,
+        }
+    )

@@ -1,0 +1,189 @@
+"""Where the difference between two runs went: per token, by phase, kind of kernel and cause of gap, and by module."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.account import PhaseAccount
+from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.estimate import Estimate
+from llmkern.errors import UsageError
+from llmkern.explain.whatif import Prediction, predict
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A *prediction* of the first run beside what the second run measured, both per unit of the phase.
+
+    The errors are predicted / measured - 1; None where there is no energy.
+    """
+
+    prediction: Prediction
+    latency_s: Estimate
+    energy_j: Estimate | None
+
+    @property
+    def latency_error(self) -> float:
+        return self.prediction.latency_s.value / self.latency_s.value - 1
+
+    @property
+    def energy_error(self) -> float | None:
+        if self.prediction.energy_j is None or self.energy_j is None:
+            return None
+        return self.prediction.energy_j.value / self.energy_j.value - 1
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One phase of two runs, per token (decode: generated, prefill: of the prompts without padding).
+
+    ``bars`` has part (kernels, gaps or residual), name (kind or cause), before_j, after_j, change_j with low_j and
+    high_j, before_s, after_s, change_s, launches_before and launches_after; its changes add up to those of the whole.
+    ``work`` has gaps by the kind of kernel that ended them instead of by cause, ``modules`` kinds and causes by module.
+    Energies are NaN where a run has none.
+    """
+
+    phase: str
+    before_s: Estimate
+    after_s: Estimate
+    before_j: Estimate | None
+    after_j: Estimate | None
+    bars: pd.DataFrame
+    work: pd.DataFrame
+    modules: pd.DataFrame
+    checked: Checked | None
+
+
+def compare(before: Attribution, after: Attribution, against: str | None = None) -> list[Difference]:
+    """Return the difference of each phase that both runs have, decode first.
+
+    With *against* the first run's prediction of that name is checked. Raises UsageError when nothing can be compared or
+    the first run has no such prediction.
+    """
+    shared = [phase for phase in before.accounts if phase in after.accounts]
+    if not shared:
+        raise UsageError(
+            "These two runs share no phase with both a weighed window and a timeline: compare complete runs, or trace "
+            "the incomplete one again."
+        )
+    predictions: dict[str, Prediction] = {}
+    if against is not None:
+        made = predict(before)
+        predictions = {p.phase: p for p in made if p.name == against}
+        if not predictions:
+            names = ", ".join(dict.fromkeys(p.name for p in made)) or "none, as it recorded no host calls"
+            raise UsageError(f"The first run predicts nothing called {against}; it predicts: {names}.")
+    return [_difference(before, after, phase, predictions.get(phase)) for phase in reversed(shared)]
+
+
+def tokens(attribution: Attribution, account: PhaseAccount) -> int:
+    """Return how many tokens a unit of the phase of *account* stands for."""
+    if account.unit == "call":
+        return max(1, sum(attribution.run.facts["prompts"]["effective_tokens"]))
+    return int(attribution.run.facts["options"]["batch"])
+
+
+def _difference(before: Attribution, after: Attribution, phase: str, prediction: Prediction | None) -> Difference:
+    first, second = before.accounts[phase].weight, after.accounts[phase].weight
+    scale = [1 / tokens(a, a.accounts[phase]) for a in (before, after)]
+    checked = None if prediction is None else Checked(prediction, second.latency_s, second.energy_j)
+
+    def view(kernel_keys: list[str], gap_keys: list[str]) -> pd.DataFrame:
+        return _joined(*(_parts(a, phase, kernel_keys, gap_keys) for a in (before, after)))
+
+    return Difference(
+        phase,
+        first.latency_s.scaled(scale[0]),
+        second.latency_s.scaled(scale[1]),
+        None if first.energy_j is None else first.energy_j.scaled(scale[0]),
+        None if second.energy_j is None else second.energy_j.scaled(scale[1]),
+        view(["kind"], ["cause"]),
+        view(["kind"], ["kind"]),
+        view(["kind", "module"], ["cause", "module"]),
+        checked,
+    )
+
+
+def _parts(attribution: Attribution, phase: str, kernel_keys: list[str], gap_keys: list[str]) -> pd.DataFrame:
+    """Return kernels, gaps and the residual of one token, with j, half_j, s and launches."""
+    account = attribution.accounts[phase]
+    kernels = attribution.split(phase, kernel_keys).assign(part="kernels")
+    if len(attribution.gaps):
+        gaps = attribution.split_gaps(phase, gap_keys).assign(part="gaps")
+    else:
+        # Without host calls all that is known of the gaps is their sum.
+        gap_j = account.gap_j
+        row = {
+            "cause": "unknown",
+            "kind": "unknown",
+            "module": "",
+            "launches": np.nan,
+            "duration_ns": account.gap_s.value * 1e9,
+        }
+        ends = (np.nan,) * 3 if gap_j is None else (gap_j.value, gap_j.low, gap_j.high)
+        gaps = pd.DataFrame([{**row, **dict(zip(("energy_j", "low_j", "high_j"), ends, strict=True)), "part": "gaps"}])
+        gaps = gaps[[*gap_keys, "launches", "duration_ns", "energy_j", "low_j", "high_j", "part"]]
+    kernels = kernels.rename(columns={"kind": "name"})
+    gaps = gaps.rename(columns={gap_keys[0]: "name"})
+    rows = pd.concat([kernels, gaps], ignore_index=True)
+    rest = {"part": "residual", "name": "residual", "module": "", "launches": np.nan, "duration_ns": 0.0}
+    residual_j = np.nan if account.residual_j is None else account.residual_j
+    # Kernels that overlap are longer together than the device was busy.
+    overlap_ns = account.busy_s * 1e9 - float(kernels["duration_ns"].sum())
+    latency_ns = account.weight.latency_s.value * 1e9 - max(account.busy_s, 0.0) * 1e9 - account.gap_s.value * 1e9
+    rest |= {"energy_j": residual_j, "low_j": residual_j, "high_j": residual_j, "duration_ns": overlap_ns + latency_ns}
+    rows = pd.concat([rows, pd.DataFrame([rest])], ignore_index=True)
+    scale = 1 / tokens(attribution, account)
+    return pd.DataFrame(
+        {
+            **{key: rows[key].astype(object) for key in ("part", "name", "module") if key in rows},
+            "j": rows["energy_j"].astype(float) * scale,
+            "half_j": (rows["high_j"].astype(float) - rows["low_j"].astype(float)) / 2 * scale,
+            "s": rows["duration_ns"].astype(float) / 1e9 * scale,
+            "launches": rows["launches"].astype(float) * scale,
+        }
+    )
+
+
+def _joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
+    keys = [key for key in ("part", "name", "module") if key in before]
+    sides = [frame.groupby(keys, dropna=False, sort=False).sum(min_count=1) for frame in (before, after)]
+    both = sides[0].join(sides[1], how="outer", lsuffix="_before", rsuffix="_after")
+    has_energy = not (before["j"].isna().all() or after["j"].isna().all())
+    # What one run does not have costs nothing there.
+    filled = both.fillna(0.0)
+    half = np.hypot(filled["half_j_before"], filled["half_j_after"])
+    change_j = filled["j_after"] - filled["j_before"]
+    frame = pd.DataFrame(
+        {
+            "before_j": filled["j_before"],
+            "after_j": filled["j_after"],
+            "change_j": change_j,
+            "low_j": change_j - half,
+            "high_j": change_j + half,
+            "before_s": filled["s_before"],
+            "after_s": filled["s_after"],
+            "change_s": filled["s_after"] - filled["s_before"],
+            "launches_before": both["launches_before"],
+            "launches_after": both["launches_after"],
+        }
+    ).reset_index()
+    if not has_energy:
+        frame[["before_j", "after_j", "change_j", "low_j", "high_j"]] = np.nan
+    largest = frame["change_j"].abs() if has_energy else frame["change_s"].abs()
+    return frame.loc[largest.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+
+
+def change(before: Estimate | None, after: Estimate | None) -> Estimate | None:
+    """Return *after* - *before* of two independent estimates."""
+    if before is None or after is None:
+        return None
+    value = after.value - before.value
+    if before.half_width is None or after.half_width is None:
+        return Estimate(value)
+    half = math.hypot(before.half_width, after.half_width)
+    return Estimate(value, value - half, value + half)

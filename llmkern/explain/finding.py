@@ -1,0 +1,69 @@
+"""What a finding is: a claim with its joules, the rows that show it, and what to do next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.account import PhaseAccount
+from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.estimate import Estimate
+
+# What is less of a phase than this is not worth a sentence.
+WORTH_TELLING = 0.02
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run shows of *phase*, per unit of it (a prefill call or a decoded token step).
+
+    *energy_j* and *time_s* are what it costs, None where that is not known; *evidence* are the rows that it rests on,
+    *formula* says how the joules follow from them, *assumption* what has to hold for that, *next_step* what to do.
+    """
+
+    name: str
+    phase: str
+    unit: str
+    claim: str
+    energy_j: Estimate | None
+    time_s: float | None
+    formula: str
+    assumption: str
+    next_step: str
+    evidence: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+
+def cost(rows: pd.DataFrame) -> tuple[Estimate | None, float]:
+    """Return the joules (None without energy) and the seconds of *rows* of a split.
+
+    Ends of intervals are added as if all erred alike: so gaps do, and for kernels it is the most that it can be.
+    """
+    time_s = float(rows["duration_ns"].sum()) / 1e9
+    if rows["energy_j"].isna().all() and len(rows):
+        return None, time_s
+    low, high = (float(rows[c].sum()) if rows[c].notna().all() else None for c in ("low_j", "high_j"))
+    return Estimate(float(rows["energy_j"].sum()), low, high), time_s
+
+
+def share_of(account: PhaseAccount, energy_j: Estimate | None, time_s: float | None) -> float:
+    """Return what share of the phase's energy that is, of its latency where no energy is known."""
+    whole = account.weight.energy_j
+    if energy_j is not None and whole is not None:
+        return energy_j.value / whole.value
+    return (time_s or 0.0) / account.weight.latency_s.value
+
+
+def layers(attribution: Attribution) -> int | None:
+    """Return how many decoder layers the model has, None where the run does not say."""
+    count = attribution.run.facts.get("model", {}).get("layers")
+    return int(count) if count else None
+
+
+def readable(rows: pd.DataFrame, columns: list[str], top: int = 5) -> pd.DataFrame:
+    """Return the first *top* of *rows* with *columns*, times as ms and energies as they are."""
+    chosen = rows.head(top).copy()
+    chosen["time_ms"] = chosen["duration_ns"] / 1e6
+    known = [c for c in (*columns, "launches", "time_ms", "energy_j", "low_j", "high_j") if c in chosen]
+    return chosen[known].replace({np.nan: None}).reset_index(drop=True)

@@ -1,0 +1,48 @@
+"""Work cut into kernels shorter than the time to launch them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.tally import SHORT_NS
+from llmkern.explain.finding import Finding, cost, layers, readable
+
+# Below this share of short kernels the host keeps ahead of the device without help.
+_MOSTLY = 0.5
+
+
+def fragmentation(attribution: Attribution) -> list[Finding]:
+    """Return how many kernels a layer launches and how short they are, where most are short and the device waits."""
+    depth = layers(attribution)
+    found = []
+    for phase, account in attribution.accounts.items():
+        kernels = attribution.kernels[attribution.kernels["phase"] == phase]
+        count, short = float(kernels["launches"].sum()), float(kernels["short"].sum())
+        if not depth or count == 0 or short / count < _MOSTLY or account.busy_share > 0.9:
+            continue
+        rows = attribution.split(phase, ["kind", "op", "module"])
+        each = rows["duration_ns"] / rows["launches"]
+        own = rows[each < SHORT_NS].sort_values("launches", ascending=False)
+        energy_j, time_s = cost(own)
+        inside = float(kernels.loc[kernels["layer"].notna(), "launches"].sum()) / depth
+        by_length = kernels.assign(each_ns=kernels["duration_ns"] / kernels["launches"]).sort_values("each_ns")
+        middle = np.searchsorted(by_length["launches"].cumsum().to_numpy(), count / 2)
+        median_us = float(by_length["each_ns"].iloc[min(int(middle), len(by_length) - 1)]) / 1e3
+        found.append(
+            Finding(
+                "fragmentation",
+                phase,
+                account.unit,
+                f"{short / count:.0%} of {count:,.0f} kernels take less than {SHORT_NS / 1e3:.0f} µs (median about "
+                f"{median_us:.1f} µs); a layer launches {inside:,.0f} of them, and the host needs "
+                f"{account.weight.latency_s.value / count * 1e6:.1f} µs of latency for each.",
+                energy_j,
+                time_s,
+                "energy of the operators whose kernels take less than 5 µs on average, gaps not counted",
+                "a kernel shorter than its own launch leaves the device waiting whatever it computes",
+                "fuse neighbours, or launch them all at once: a CUDA graph",
+                readable(own, ["kind", "op", "module"]),
+            )
+        )
+    return found

@@ -1,0 +1,49 @@
+"""How often the host waits for the device, and for which operator of which layer."""
+
+from __future__ import annotations
+
+from llmkern.attribute.attribution import Attribution
+from llmkern.explain.finding import Finding, cost, layers, readable
+
+
+def synchronizations(attribution: Attribution) -> list[Finding]:
+    """Return the synchronisations inside the layers of the model; a token's own read-back is no finding."""
+    trace, depth = attribution.host_trace, layers(attribution)
+    if trace is None or not depth:
+        return []
+    found = []
+    for phase, account in attribution.accounts.items():
+        calls = trace.tally[(trace.tally["phase"] == phase) & trace.tally["waits"] & trace.tally["layer"].notna()]
+        count = float(calls["launches"].sum())
+        if count < 1:
+            continue
+        blocked_s = float(calls["duration_ns"].sum()) / 1e9
+        # The device runs dry in the wait, and stays so until the host has issued the next kernel.
+        gaps = attribution.split_gaps(phase, ["cause", "op", "module"])
+        after = gaps[(gaps["cause"] == "sync_stall")]
+        energy_j, time_s = cost(after)
+        by_op = calls.groupby(["op", "module"], sort=False)[["launches", "duration_ns"]].sum().reset_index()
+        busiest = by_op.sort_values("launches", ascending=False)
+        found.append(
+            Finding(
+                "synchronizations",
+                phase,
+                account.unit,
+                f"The host waits for the device {count:,.0f} times per {account.unit}, {count / depth:.1f} times per "
+                f"layer, {blocked_s * 1e3:.2f} ms in all; each time the queue runs empty and every launch after it "
+                "comes late.",
+                energy_j,
+                time_s,
+                "calls of the host that return when the device is done, inside layers; the joules are those of the "
+                "gaps that began while the host was in one (idle floor x their time)",
+                "gaps that begin later but follow from the empty queue are counted as launch_bound, not here",
+                f"remove them from {_name(busiest['op'].iloc[0])}: nothing can be queued ahead or captured in a graph "
+                "while they are there",
+                readable(busiest, ["op", "module"], top=8),
+            )
+        )
+    return found
+
+
+def _name(op: object) -> str:
+    return str(op).removesuffix(".default")

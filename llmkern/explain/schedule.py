@@ -1,0 +1,149 @@
+"""A model of host and device that runs a recorded phase again with something changed.
+
+The host issues kernels one after the other, each after the time it took to come to it; it may have to wait for the
+device before. The device starts a kernel when it was issued and the one before is done. That is all there is, and with
+the recorded times it gives back the recorded latency; with other times, what the latency would be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.host import WAITS, HostTrace
+from llmkern.attribute.timeline import NONE, containing, find
+
+# Enough kernels for a few token steps, few enough to be run again a hundred times.
+MOST_KERNELS = 12_000
+# Where a run has no kernels that follow each other closely: what an H100 needs from one to the next in a queue.
+GAP_NS = 1_000.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Some steps of one phase in the order of their launches; arrays per kernel, times in ns.
+
+    ``before_ns`` and ``after_ns``: the host's time from the launch before to this one, up to and after a wait;
+    ``call_ns``: in the launch itself; ``waits``: whether the host waited for the device in between, and ``return_ns``
+    how long after the device was done it went on. ``latency_ns`` from a launch to the start on an idle device,
+    ``gap_ns`` between kernels that are queued. ``op``: row of ops; ``name``: code of the kernel's name; ``inside``: in
+    a forward, not between two.
+    """
+
+    steps: int
+    op: np.ndarray
+    name: np.ndarray
+    inside: np.ndarray
+    before_ns: np.ndarray
+    after_ns: np.ndarray
+    call_ns: np.ndarray
+    waits: np.ndarray
+    return_ns: np.ndarray
+    duration_ns: np.ndarray
+    latency_ns: float
+    gap_ns: float
+
+    def latency_s(self, host_factor: float = 1.0) -> float:
+        """Return the seconds per step, with the host's own times multiplied by *host_factor*."""
+        columns = (
+            self.before_ns * host_factor,
+            self.after_ns * host_factor,
+            self.call_ns * host_factor,
+            self.return_ns,
+            self.duration_ns,
+        )
+        host = device = 0.0
+        latency, gap = self.latency_ns, self.gap_ns
+        waits = self.waits.tolist()
+        for i, (before, after, call, back, duration) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            host += before
+            if waits[i]:
+                host = max(host, device) + back
+            host += after
+            device = max(host + latency, device + gap) + duration
+            host += call
+        return max(host, device) / 1e9 / self.steps
+
+    def without(self, gone: np.ndarray) -> Schedule:
+        """Return the schedule without the kernels *gone*, their host time and their waits."""
+        kept = ~gone
+        fields = ("op", "name", "inside", "before_ns", "after_ns", "call_ns", "waits", "return_ns", "duration_ns")
+        return replace(self, **{field: getattr(self, field)[kept] for field in fields})
+
+
+def schedule(trace: HostTrace, phase: str) -> Schedule | None:
+    """Return a few steps of *phase* from the middle of what was traced, None where it was not."""
+    kernels, phases = trace.timeline.kernels, trace.timeline.phases
+    instances = np.flatnonzero((phases["phase"] == phase).to_numpy())
+    rows = np.flatnonzero((kernels["instance"] == instances[0]).to_numpy()) if len(instances) else np.empty(0, int)
+    if not len(rows):
+        return None
+    steps = 1
+    if phase == "decode":
+        token = kernels["token"].to_numpy()[rows]
+        known = np.unique(token[token != NONE])
+        steps = int(np.clip(MOST_KERNELS * len(known) // len(rows), 1, len(known)))
+        chosen = known[(len(known) - steps) // 2 :][:steps]
+        rows = rows[np.isin(token, chosen)]
+    correlation = kernels["correlation_id"].to_numpy()[rows]
+    rows = rows[np.lexsort((kernels["start_ns"].to_numpy()[rows], correlation))]
+    correlation = kernels["correlation_id"].to_numpy()[rows]
+    calls = trace.calls
+    call = find(calls["correlation_id"].to_numpy(), correlation)
+    if (call < 0).mean() > 0.5:
+        return None
+    start, end = (kernels[c].to_numpy()[rows].astype(float) for c in ("start_ns", "end_ns"))
+    base = start[0]
+    start, end = start - base, end - base
+    # One launch of a graph issues many kernels: the host pays for the first of them.
+    new = np.append(True, np.diff(correlation) != 0) & (call >= 0)
+    issue = np.where(call >= 0, calls["start_ns"].to_numpy()[call] - base, start)
+    done = np.where(call >= 0, calls["end_ns"].to_numpy()[call] - base, start)
+    issue, done = np.maximum.accumulate(issue), np.maximum.accumulate(done)
+    previous = np.append(issue[0], done[:-1])
+    own = np.where(new, np.maximum(0.0, issue - previous), 0.0)
+    waits, before, back = _waits(calls, issue, previous, own, end, base)
+    forwards = trace.timeline.forwards
+    idle = np.append(True, issue[1:] > np.maximum.accumulate(end)[:-1])
+    queued = np.append(False, done[1:] < end[:-1])
+    close = (start[1:] - np.maximum.accumulate(end)[:-1])[queued[1:]]
+    return Schedule(
+        steps,
+        trace.identified.op[rows] if trace.identified is not None else np.full(len(rows), NONE),
+        kernels["name"].astype("category").cat.codes.to_numpy()[rows],
+        containing((issue + base).astype(np.int64), forwards) != NONE,
+        np.where(waits, before, 0.0),
+        np.where(waits, np.maximum(0.0, own - before - back[1]), own),
+        np.where(new, done - issue, 0.0),
+        waits,
+        back[0],
+        end - start,
+        float(np.median(np.maximum(0.0, (start - issue)[idle]))),
+        float(np.median(np.maximum(0.0, close))) if len(close) >= 20 else GAP_NS,
+    )
+
+
+def _waits(
+    calls: pd.DataFrame, issue: np.ndarray, previous: np.ndarray, own: np.ndarray, end: np.ndarray, base: float
+) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Return which kernels the host waited before, its time up to the wait, and (return, whole time of the wait)."""
+    names = calls["api"].astype("category").cat
+    blocking = np.array([bool(re.search(WAITS, str(name))) for name in names.categories], bool)
+    rows = calls[blocking[names.codes.to_numpy()]] if len(blocking) else calls.iloc[:0]
+    begin, finish = (rows[c].to_numpy() - base for c in ("start_ns", "end_ns"))
+    place = np.searchsorted(issue, begin, side="right")
+    fits = (place > 0) & (place < len(issue))
+    waits = np.zeros(len(issue), bool)
+    before, returned, whole = (np.zeros(len(issue)) for _ in range(3))
+    latest = np.maximum.accumulate(end)
+    for i, first, last in zip(place[fits], begin[fits], finish[fits], strict=True):
+        if not waits[i]:
+            before[i] = max(0.0, first - previous[i])
+        waits[i] = True
+        whole[i] += last - first
+        returned[i] += last - min(last, max(first, latest[i - 1]))
+    before = np.minimum(before, own)
+    return waits, before, (returned, np.minimum(whole, own - before))

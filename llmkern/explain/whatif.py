@@ -1,0 +1,297 @@
+"""What a fix would save: latency and joules of each phase with something changed, predicted from the run alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import brentq
+
+from llmkern.attribute.account import PhaseAccount
+from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.estimate import Estimate, combine
+from llmkern.attribute.timeline import NONE
+from llmkern.explain.roofline import roofline
+from llmkern.explain.schedule import Schedule, schedule
+
+ROOF = 0.8
+LEAST_CHANGE = 0.01
+# One cudaGraphLaunch, as the host sees it.
+GRAPH_LAUNCH_NS = 10_000.0
+# The host's own times can be this many times those that were traced, or else something other than the host differed.
+_FACTORS = (0.1, 10.0)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Latency and energy of one unit of *phase* if the fix *name* were made; energies are None without a counter.
+
+    The intervals hold what the weighed run leaves open, not the error of the model: a run with the fix measures that
+    (llmkern diff BEFORE AFTER --against NAME).
+    """
+
+    name: str
+    phase: str
+    unit: str
+    change: str
+    assumption: str
+    latency_s: Estimate
+    energy_j: Estimate | None
+    launches: float
+    latency_before_s: float
+    energy_before_j: float | None
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One phase as it was, with what a fix may look at; rows of *kernels* have kind, module, op_index and name."""
+
+    phase: str
+    kernels: pd.DataFrame
+    roof: pd.DataFrame
+    plan: Schedule
+    # Per kernel of the schedule.
+    kind: np.ndarray
+    module: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A changed schedule; *gone* are the kernels (rows of the case's) that it does without, *factor* their times."""
+
+    plan: Schedule
+    gone: np.ndarray
+    factor: np.ndarray
+
+
+@dataclass(frozen=True)
+class Fix:
+    """A fix that can be predicted: *apply* returns None where there is nothing to fix."""
+
+    name: str
+    change: str
+    assumption: str
+    apply: Callable[[_Case], _Change | None]
+
+
+def _unchanged(case: _Case, plan: Schedule) -> _Change:
+    return _Change(plan, np.zeros(len(case.kernels), bool), np.ones(len(case.kernels)))
+
+
+def _graph(case: _Case) -> _Change | None:
+    return _unchanged(case, captured(case.plan))
+
+
+def captured(plan: Schedule) -> Schedule:
+    """Return *plan* with every forward launched as one graph: the host pays for it once and waits for nothing in it."""
+    inside = plan.inside
+    first = inside & ~np.append(False, inside[:-1])
+    nothing = np.zeros(len(inside))
+    return replace(
+        plan,
+        # What the host does to come to the forward, it still does.
+        before_ns=np.where(inside & ~first, nothing, plan.before_ns),
+        after_ns=np.where(inside & ~first, nothing, plan.after_ns),
+        call_ns=np.where(inside, np.where(first, GRAPH_LAUNCH_NS, nothing), plan.call_ns),
+        waits=plan.waits & ~(inside & ~first),
+    )
+
+
+def _without(case: _Case, wanted: Callable[[np.ndarray, np.ndarray], np.ndarray], waits: bool) -> _Change | None:
+    """Return the case without the kernels *wanted* by kind and module, and without waits inside forwards or with."""
+    gone = wanted(case.kind, case.module)
+    removable = case.plan.waits & case.plan.inside & (case.module != "")
+    if not gone.any() and not removable.any():
+        return None
+    plan = case.plan
+    if not waits:
+        plan = replace(plan, waits=plan.waits & ~removable)
+    rows = wanted(case.kernels["kind"].to_numpy(object), case.kernels["module"].to_numpy(object))
+    return _Change(plan.without(gone), rows, np.ones(len(case.kernels)))
+
+
+def _syncs(case: _Case) -> _Change | None:
+    return _without(case, lambda kind, _module: kind == "outlier", waits=False)
+
+
+def conversions(kind: np.ndarray, module: np.ndarray) -> np.ndarray:
+    """Return which kernels only convert numbers for a product: quantize, dequantize, outliers, casts at its inputs."""
+    linear = np.array([str(name).rpartition(".")[2].endswith("proj") for name in module], bool)
+    return np.isin(kind, ["quantize", "dequantize", "outlier"]) | ((kind == "cast") & linear)
+
+
+def _fused(case: _Case) -> _Change | None:
+    if not np.isin(case.kind, ["quantize", "dequantize", "outlier"]).any():
+        return None
+    return _without(case, conversions, waits=False)
+
+
+def _roof(case: _Case) -> _Change | None:
+    if case.roof.empty:
+        return None
+    share = case.roof.set_index(["op", "module", "signature"])["roof_share"]
+    keys = pd.MultiIndex.from_frame(case.kernels[["op", "module", "signature"]].astype(str))
+    known = share.reindex(keys).fillna(1.0).to_numpy()
+    factor = np.minimum(1.0, known / ROOF)
+    by_kernel = pd.Series(factor, pd.MultiIndex.from_frame(case.kernels[["op_index", "name_code"]]))
+    by_kernel = by_kernel[~by_kernel.index.duplicated()]
+    own = by_kernel.reindex(pd.MultiIndex.from_arrays([case.plan.op, case.plan.name])).fillna(1.0).to_numpy()
+    plan = replace(case.plan, duration_ns=case.plan.duration_ns * own)
+    return _Change(plan, np.zeros(len(factor), bool), factor)
+
+
+def _fast_host(case: _Case) -> _Change | None:
+    plan = case.plan
+    halved = {name: getattr(plan, name) / 2 for name in ("before_ns", "after_ns", "call_ns")}
+    return _unchanged(case, replace(plan, **halved))
+
+
+def _fused_graph(case: _Case) -> _Change | None:
+    change = _fused(case)
+    if change is None:
+        return None
+    return replace(change, plan=captured(change.plan))
+
+
+FIXES = (
+    Fix(
+        "graph",
+        "each forward captured in a CUDA graph",
+        "the same kernels follow each other as closely as queued ones do; what is between two forwards stays; "
+        "read-backs inside a forward, which forbid the capture, are gone and cost nothing else",
+        _graph,
+    ),
+    Fix(
+        "syncs-removed",
+        "no synchronisation inside the layers, and no search for outliers that needs it",
+        "all other launches cost the host what they did; for bitsandbytes int8 that is threshold 0",
+        _syncs,
+    ),
+    Fix(
+        "dequant-fused",
+        "quantization, dequantization, outliers and the casts around them fused into the products",
+        "the products take as long as now, and the host needs no time for launches that are gone",
+        _fused,
+    ),
+    Fix(
+        "fused-graph",
+        "dequantization fused and each forward captured in a CUDA graph",
+        "those of dequant-fused and graph",
+        _fused_graph,
+    ),
+    Fix(
+        "roof-80",
+        f"every kernel at {ROOF:.0%} of its roof at least",
+        "bytes and FLOPs stay; a faster kernel spends the same dynamic joules in less time",
+        _roof,
+    ),
+    Fix("host-2x", "a host twice as fast", "its own time halves everywhere; waits for the device do not", _fast_host),
+)
+
+
+def predict(attribution: Attribution) -> list[Prediction]:
+    """Return what every fix would save in each phase; nothing without the pass that records host calls.
+
+    The model of host and device (see Schedule) gives the latency; the host's own times are first scaled so that the
+    recorded steps take as long as the weighed ones, which no recorder has slowed down. Energy = dynamic joules of the
+    kernels that are left + idle floor x latency + residual.
+    """
+    found = []
+    trace = attribution.host_trace
+    for phase, account in attribution.accounts.items():
+        plan = schedule(trace, phase) if trace is not None else None
+        if trace is None or plan is None:
+            continue
+        plan = _calibrated(plan, account)
+        case = _case(attribution, phase, plan, trace.timeline.kernels["name"].astype("category").cat.categories)
+        for fix in FIXES:
+            change = fix.apply(case)
+            made = None if change is None else _predicted(fix, account, case, change)
+            if made is not None and _tells(made):
+                found.append(made)
+    return found
+
+
+def _tells(made: Prediction) -> bool:
+    """Whether the fix changes latency or energy by more than the model can be trusted with."""
+    ratios = [made.latency_s.value / made.latency_before_s]
+    if made.energy_j is not None and made.energy_before_j:
+        ratios.append(made.energy_j.value / made.energy_before_j)
+    return max(abs(ratio - 1) for ratio in ratios) > LEAST_CHANGE
+
+
+def _calibrated(plan: Schedule, account: PhaseAccount) -> Schedule:
+    """Return *plan* with the host's times scaled until it takes as long as the weighed phase."""
+    wanted_s = account.weight.latency_s.value
+    low, high = (plan.latency_s(factor) - wanted_s for factor in _FACTORS)
+    if low * high > 0:
+        # Where the device is what takes the time, the host's factor changes nothing.
+        return plan
+    factor = float(brentq(lambda f: plan.latency_s(f) - wanted_s, *_FACTORS, rtol=1e-3))
+    return replace(plan, **{n: getattr(plan, n) * factor for n in ("before_ns", "after_ns", "call_ns")})
+
+
+def _case(attribution: Attribution, phase: str, plan: Schedule, names: pd.Index) -> _Case:
+    kernels = attribution.kernels[attribution.kernels["phase"] == phase]
+    split = attribution.split(phase, ["op_index", "name"]).set_index(["op_index", "name"])
+    keys = pd.MultiIndex.from_frame(kernels[["op_index", "name"]])
+    kernels = kernels.assign(
+        dynamic_j=split["dynamic_j"].reindex(keys).to_numpy(),
+        name_code=names.get_indexer(pd.Index(kernels["name"].astype(str))),
+    )
+    # What was launched in the pass with host calls, looked up in what the kernels of pass time are.
+    known = kernels.drop_duplicates(["op_index", "name_code"]).set_index(["op_index", "name_code"])
+    by_name = kernels.drop_duplicates("name_code").set_index("name_code")
+    own = pd.MultiIndex.from_arrays([plan.op, plan.name])
+
+    def described(column: str) -> np.ndarray:
+        exact = known[column].reindex(own).to_numpy(object)
+        alike = by_name[column].reindex(plan.name).to_numpy(object)
+        # Of a kernel whose operator is not known, the name says the kind but not the module.
+        fallback = alike if column == "kind" else np.full(len(alike), "", object)
+        result: np.ndarray = np.where(pd.isna(exact) | (plan.op == NONE), fallback, exact)
+        return result
+
+    return _Case(phase, kernels, roofline(attribution, phase), plan, described("kind"), described("module"))
+
+
+def _predicted(fix: Fix, account: PhaseAccount, case: _Case, change: _Change) -> Prediction:
+    latency, energy = account.weight.latency_s, account.weight.energy_j
+    modelled_s = case.plan.latency_s()
+    # The ratio of two runs of the model: what it gets wrong of both, it does not get wrong here.
+    factor = change.plan.latency_s() / modelled_s
+    predicted_s = latency.value * factor
+    # Kernels do not vary from round to round, the host does.
+    busy = (
+        account.busy_s
+        * float((case.kernels["duration_ns"] * change.factor)[~change.gone].sum())
+        / max(float(case.kernels["duration_ns"].sum()), 1.0)
+    )
+    host_share = max(0.0, 1 - busy / predicted_s) if predicted_s > 0 else 0.0
+    half_s = None if latency.half_width is None else latency.half_width * factor * host_share
+    joule = None
+    if energy is not None and account.floor_w is not None and account.joules is not None:
+        floor_w, residual_j = account.floor_w, account.residual_j or 0.0
+        dynamic_j = float(case.kernels["dynamic_j"].to_numpy()[~change.gone].sum())
+        kernel_half = account.kernel_j.half_width if account.kernel_j is not None else None
+        whole_j = max(float(case.kernels["dynamic_j"].sum()), 1e-12)
+        joule = combine(
+            dynamic_j + floor_w.value * predicted_s + residual_j,
+            None if kernel_half is None else kernel_half * dynamic_j / whole_j,
+            None if half_s is None else floor_w.value * half_s,
+            None if floor_w.half_width is None else floor_w.half_width * predicted_s,
+        )
+    return Prediction(
+        fix.name,
+        account.phase,
+        account.unit,
+        fix.change,
+        fix.assumption,
+        combine(predicted_s, half_s),
+        joule,
+        len(change.plan.op) / change.plan.steps,
+        latency.value,
+        None if energy is None else energy.value,
+    )

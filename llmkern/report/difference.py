@@ -1,0 +1,116 @@
+"""The comparison of two runs as it is printed in a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.estimate import Estimate
+from llmkern.explain.compare import Checked, Difference, change
+from llmkern.report.heading import heading
+from llmkern.text import count, quantity, with_interval
+
+_BAR = 20
+
+
+def print_difference(
+    before: Attribution, after: Attribution, differences: list[Difference], console: Console, top: int = 8
+) -> None:
+    """Print where the difference between the two runs went, phase by phase."""
+    for name, attribution in (("before", before), ("after", after)):
+        for line in heading(attribution.run.facts):
+            console.print(Text(f"{name}: ", style="bold").append_text(line), highlight=False)
+    names = {a.run.facts["device"]["name"] for a in (before, after)}
+    if len(names) > 1:
+        text = f"These runs are of different devices ({', '.join(sorted(names))}): a difference may be the device's."
+        console.print(Text(text, style="bold yellow"))
+    for difference in differences:
+        console.print()
+        console.print(_total(difference), highlight=False)
+        for table in (
+            _bars(difference, "bars", "Kernels by kind, gaps by cause", top),
+            _bars(difference, "work", "Kernels and gaps by the kind of work (gaps: of the kernel after)", top),
+            _bars(difference, "modules", "By module", top),
+        ):
+            console.print()
+            console.print(table)
+        if difference.checked is not None:
+            console.print()
+            for said in _checked(difference.checked):
+                console.print(Padding(said, (0, 0, 0, 2)), highlight=False)
+
+
+def _total(difference: Difference) -> Text:
+    text = Text(f"{difference.phase.capitalize()}, per token: ", style="bold")
+    parts = []
+    for unit, before, after in (
+        ("J", difference.before_j, difference.after_j),
+        ("s", difference.before_s, difference.after_s),
+    ):
+        changed = change(before, after)
+        if before is None or after is None or changed is None:
+            continue
+        ratio = f"× {after.value / before.value:.2f}"
+        parts.append(f"{with_interval(before, unit)} → {with_interval(after, unit)} ({signed(changed, unit)}, {ratio})")
+    return text.append("; ".join(parts) + ".")
+
+
+def signed(estimate: Estimate, unit: str) -> str:
+    """Return *estimate* with its interval and, where it is positive, a plus sign."""
+    return ("+" if estimate.value > 0 else "") + with_interval(estimate, unit)
+
+
+def _bars(difference: Difference, view: str, title: str, top: int) -> Table:
+    rows = getattr(difference, view)
+    has_energy = bool(rows["change_j"].notna().any())
+    key, unit = ("change_j", "J") if has_energy else ("change_s", "s")
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
+    for column in ("before", "after", "change", "launches"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True, width=_BAR)
+    largest = max(float(rows[key].abs().max()), 1e-12)
+    shown, rest = rows.head(top).to_dict("records"), rows.iloc[top:]
+    if len(rest):
+        sums = rest.sum(numeric_only=True).to_dict()
+        shown.append({**sums, "part": "", "name": f"{len(rest)} others", "module": ""})
+    for row in shown:
+        estimate = Estimate(row[key], row["low_j"], row["high_j"]) if has_energy else Estimate(row[key])
+        name = " ".join(str(row[k]) for k in ("name", "module") if row.get(k)).replace("model.layers.", "")
+        before, after = (quantity(row[f"{side}_{key[-1]}"], unit) for side in ("before", "after"))
+        table.add_row(
+            str(row["part"]), name, before, after, signed(estimate, unit), _launches(row), _bar(row[key] / largest)
+        )
+    return table
+
+
+def _launches(row: dict[Any, Any]) -> str:
+    before, after = row["launches_before"], row["launches_after"]
+    if before != before and after != after:
+        return ""
+    return " → ".join("0" if value != value else count(round(value)) for value in (before, after))
+
+
+def _bar(share: float) -> Text:
+    blocks = "█" * round(abs(share) * _BAR)
+    return Text(blocks, style="red" if share > 0 else "green")
+
+
+def _checked(checked: Checked) -> list[str]:
+    made = checked.prediction
+    lines = [f"Predicted for {made.name} ({made.change}), per {made.unit}:"]
+    pairs = [("latency", made.latency_s, checked.latency_s, "s", checked.latency_error)]
+    if made.energy_j is not None and checked.energy_j is not None and checked.energy_error is not None:
+        pairs.append(("energy", made.energy_j, checked.energy_j, "J", checked.energy_error))
+    for what, predicted, measured, unit, error in pairs:
+        lines.append(
+            f"  {what}: predicted {with_interval(predicted, unit)}, measured {with_interval(measured, unit)}, off by "
+            f"{error:+.1%}"
+        )
+    return lines

@@ -1,0 +1,63 @@
+"""The results of the commands as JSON documents; docs/json.md describes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from llmkern.attribute.attribution import Attribution
+from llmkern.explain import Explanation
+from llmkern.explain.compare import Difference
+from llmkern.report.tables import (
+    difference_facts,
+    difference_tables,
+    finding_facts,
+    prediction_facts,
+    records,
+    run_tables,
+)
+
+SCHEMA = 1
+# Told in full under names of their own.
+_NOT_TABLES = ("findings", "predictions")
+
+
+def report_document(explanation: Explanation, uncertain: list[str]) -> dict[str, Any]:
+    """Return the report of a run; energies in J, times in s or, in columns that say so, ns."""
+    tables = run_tables(explanation)
+    return {
+        "schema": SCHEMA,
+        "document": "report",
+        "run": run_facts(explanation.attribution),
+        "findings": [finding_facts(finding) for finding in explanation.findings],
+        "predictions": [prediction_facts(prediction) for prediction in explanation.predictions],
+        "uncertain": uncertain,
+        "tables": {name: records(table) for name, table in tables.items() if name not in _NOT_TABLES},
+    }
+
+
+def difference_document(before: Attribution, after: Attribution, differences: list[Difference]) -> dict[str, Any]:
+    """Return the comparison of two runs, per token."""
+    tables = difference_tables(differences)
+    return {
+        "schema": SCHEMA,
+        "document": "diff",
+        "before": run_facts(before),
+        "after": run_facts(after),
+        "phases": [difference_facts(difference) for difference in differences],
+        "tables": {name: records(table) for name, table in tables.items() if name != "phases"},
+    }
+
+
+def run_facts(attribution: Attribution) -> dict[str, Any]:
+    """Return what a run was of: folder, status, workload, device, versions."""
+    facts = attribution.run.facts
+    kept = ("status", "started", "command", "options", "model", "prompts", "device", "host", "versions", "elapsed_s")
+    return {"folder": str(attribution.run.path), **{name: facts[name] for name in kept if name in facts}}
+
+
+def echo(document: dict[str, Any]) -> None:
+    """Print *document* as JSON."""
+    click.echo(json.dumps(document, indent=1))

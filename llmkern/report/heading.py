@@ -1,0 +1,27 @@
+"""The two lines that say which run a report is of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.text import Text
+
+from llmkern.text import quantity
+
+
+def heading(facts: dict[str, Any]) -> list[Text]:
+    """Return the workload, and the device with the libraries, of a run's *facts*."""
+    options, model, device = facts["options"], facts.get("model", {}), facts["device"]
+    prompts = facts.get("prompts", {})
+    versions = facts["versions"]
+    driver = f", driver {device['driver_version']}" if device.get("driver_version") else ""
+    libraries = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "bitsandbytes") if versions.get(k))
+    weights = f"{model['weights']} weights, {quantity(model['weight_bytes'], 'B')}" if model else "weights not loaded"
+    return [
+        Text(
+            f"{model.get('name', options['model'])} {options['precision']}: batch {options['batch']}, "
+            f"{prompts.get('tokens', '?')} prompt tokens, {options['new_tokens']} new tokens, {weights}",
+            style="bold",
+        ),
+        Text(f"{device['name']}{driver}; {libraries}; {facts['started']}", style="dim"),
+    ]
