@@ -42,7 +42,8 @@ class Difference:
     """One phase of two runs, per token (decode: generated, prefill: of the prompts without padding).
 
     ``bars`` has part (kernels, gaps or residual), name (kind or cause), before_j, after_j, change_j with low_j and
-    high_j, before_s, after_s, change_s, launches_before and launches_after; its changes add up to those of the whole.
+    high_j, before_s, after_s, change_s, and per unit of the phase launches_before and launches_after; its changes add
+    up to those of the whole.
     ``work`` has gaps by the kind of kernel that ended them instead of by cause, ``modules`` kinds and causes by module.
     Energies are NaN where a run has none.
     """
@@ -138,13 +139,14 @@ def _parts(attribution: Attribution, phase: str, kernel_keys: list[str], gap_key
     rest |= {"energy_j": residual_j, "low_j": residual_j, "high_j": residual_j, "duration_ns": overlap_ns + latency_ns}
     rows = pd.concat([rows, pd.DataFrame([rest])], ignore_index=True)
     scale = 1 / tokens(attribution, account)
+    keys = ["part", "name", *(["module"] if "module" in kernel_keys else [])]
     return pd.DataFrame(
         {
-            **{key: rows[key].astype(object) for key in ("part", "name", "module") if key in rows},
+            **{key: rows[key].astype(object) for key in keys},
             "j": rows["energy_j"].astype(float) * scale,
             "half_j": (rows["high_j"].astype(float) - rows["low_j"].astype(float)) / 2 * scale,
             "s": rows["duration_ns"].astype(float) / 1e9 * scale,
-            "launches": rows["launches"].astype(float) * scale,
+            "launches": rows["launches"].astype(float),
         }
     )
 

@@ -61,6 +61,14 @@ def layers(attribution: Attribution) -> int | None:
     return int(count) if count else None
 
 
+def layer_waits(attribution: Attribution, phase: str) -> pd.DataFrame:
+    """Return the host calls of one unit of *phase* that wait for the device inside a layer (rows of tally_calls)."""
+    if attribution.host_trace is None:
+        return pd.DataFrame(columns=["op", "module", "launches", "duration_ns"])
+    calls = attribution.host_trace.tally
+    return calls[(calls["phase"] == phase) & calls["waits"] & calls["layer"].notna()]
+
+
 def readable(rows: pd.DataFrame, columns: list[str], top: int = 5) -> pd.DataFrame:
     """Return the first *top* of *rows* with *columns*, times as ms and energies as they are."""
     chosen = rows.head(top).copy()

@@ -14,7 +14,7 @@ from llmkern.explain.whatif import Prediction
 from llmkern.text import quantity, with_interval
 
 # The phase that the report is about gets most of the room.
-_MOST = {"decode": 4, "prefill": 2}
+_MOST = {"decode": 5, "prefill": 2}
 
 
 def print_findings(explanation: Explanation, console: Console) -> None:
@@ -22,7 +22,8 @@ def print_findings(explanation: Explanation, console: Console) -> None:
     if not explanation.findings:
         return
     console.print()
-    console.print(Text("Why", style="bold"))
+    title = Text("Why", style="bold").append(" (the same joules from several sides: they do not add up)", style="dim")
+    console.print(title)
     for phase, most in _MOST.items():
         chosen = [f for f in explanation.findings if f.phase == phase]
         for finding in chosen[:most]:

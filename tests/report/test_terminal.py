@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from llmkern.attribute.attribution import attribute
 from llmkern.attribute.estimate import Estimate
+from llmkern.explain import Explanation
+from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
 from llmkern.run import RunFolder
 from llmkern.text import count, quantity, short_name, with_interval
@@ -18,7 +21,8 @@ from tests.synthetic import Builder, Truth, synthetic_run
 
 def printed(run: RunFolder, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width)
-    print_report(run, console)
+    attribution = attribute(run)
+    print_report(Explanation(attribution), doubts(run, attribution), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -31,7 +35,6 @@ def test_the_report_says_where_the_joules_went(tmp_path: Path) -> None:
     assert "2.88" in text
     assert "2.40" in text
     assert "kernel_0 → kernel_1" in text
-    assert (tmp_path / "run" / "attribution.parquet").exists()
 
 
 @pytest.mark.parametrize("width", [80, 140])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.explain.finding import WORTH_TELLING, Finding, cost, readable, share_of
+from llmkern.explain.finding import WORTH_TELLING, Finding, cost, layer_waits, readable, share_of
 
-# Boundaries between token steps are a finding of their own.
+# Boundaries between token steps are a finding of their own, and so are waits inside layers.
 _WHY = {
     "launch_bound": "the host had not issued the next kernel when the device ran dry",
     "sync_stall": "the host was blocked in a synchronisation or a read-back when the device ran dry",
@@ -34,7 +34,8 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
         for cause, own in rows.groupby("cause", sort=False, observed=True):
             energy_j, time_s = cost(own)
             share = share_of(account, energy_j, time_s)
-            if cause == "token_boundary" or share < WORTH_TELLING:
+            told = cause == "sync_stall" and layer_waits(attribution, phase)["launches"].sum() >= 1
+            if cause == "token_boundary" or told or share < WORTH_TELLING:
                 continue
             found.append(
                 Finding(

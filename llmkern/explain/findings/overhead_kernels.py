@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pandas as pd
+
 from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.estimate import Estimate
 from llmkern.explain.finding import WORTH_TELLING, Finding, cost, readable, share_of
 from llmkern.text import quantity, with_interval
 
@@ -10,39 +13,40 @@ CONVERSIONS = ("quantize", "dequantize", "outlier", "cast")
 
 
 def overhead_kernels(attribution: Attribution) -> list[Finding]:
-    """Return the kernels that change how numbers are written and compute nothing with them, gaps not counted."""
+    """Return the kernels that change how numbers are written and compute nothing with them, and the gaps before."""
     found = []
     for phase, account in attribution.accounts.items():
         rows = attribution.split(phase, ["kind", "op", "module"])
         own = rows[rows["kind"].isin(CONVERSIONS)]
-        energy_j, time_s = cost(own)
         launches = float(own["launches"].sum())
-        little = own.empty or share_of(account, energy_j, time_s) < WORTH_TELLING
-        # Where they cost little themselves, their launches may still be most of all launches.
-        if little and launches < 0.1 * account.launches:
+        gaps = attribution.split_gaps(phase, ["kind"]) if len(attribution.gaps) else own.iloc[:0]
+        gap_j, gap_s = cost(gaps[gaps["kind"].isin(CONVERSIONS)])
+        kernel_j, kernel_s = cost(own)
+        energy_j, time_s = cost(pd.concat([own, gaps[gaps["kind"].isin(CONVERSIONS)]]))
+        if own.empty or share_of(account, energy_j, time_s) < WORTH_TELLING:
             continue
         counts = own.groupby("kind")["launches"].sum().sort_values(ascending=False)
         kinds = ", ".join(f"{count:,.0f} {kind}" for kind, count in counts.items() if count >= 1)
-        gaps = attribution.split_gaps(phase, ["kind"]) if len(attribution.gaps) else own.iloc[:0]
-        gap_j, gap_s = cost(gaps[gaps["kind"].isin(CONVERSIONS)])
-        around = ""
-        if gap_s > 0:
-            around = f" The gaps that end with them take {quantity(gap_s, 's')}"
-            around += f" and {with_interval(gap_j, 'J')} more." if gap_j is not None else " more."
         found.append(
             Finding(
                 "overhead_kernels",
                 phase,
                 account.unit,
                 f"{launches:,.0f} of {account.launches:,.0f} launches ({launches / account.launches:.0%}) only convert "
-                f"numbers: {kinds}.{around}",
+                f"numbers: {kinds}. Their kernels take {_cost(kernel_j, kernel_s)}, the idle gaps that each of them "
+                f"ends {_cost(gap_j, gap_s)}.",
                 energy_j,
                 time_s,
-                "energy of the kernels of the kinds quantize, dequantize, outlier and cast",
-                "the gaps before these launches are counted by their cause, not in these joules; they go with the "
-                "launches as long as the host is what the device waits for",
+                "energy of the kernels of the kinds quantize, dequantize, outlier and cast + idle floor x the gaps "
+                "that end with one of them",
+                "a gap belongs to the launch that ends it: without it, the device would not have waited for it",
                 "fuse the conversion into the product that needs it",
                 readable(own, ["kind", "op", "module"]),
             )
         )
     return found
+
+
+def _cost(energy_j: Estimate | None, time_s: float) -> str:
+    text = quantity(time_s, "s")
+    return text if energy_j is None else f"{text} and {with_interval(energy_j, 'J')}"

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.explain.finding import Finding, cost, layers, readable
+from llmkern.explain.finding import Finding, cost, layer_waits, layers, readable
 
 
 def synchronizations(attribution: Attribution) -> list[Finding]:
     """Return the synchronisations inside the layers of the model; a token's own read-back is no finding."""
-    trace, depth = attribution.host_trace, layers(attribution)
-    if trace is None or not depth:
-        return []
+    depth = layers(attribution)
     found = []
     for phase, account in attribution.accounts.items():
-        calls = trace.tally[(trace.tally["phase"] == phase) & trace.tally["waits"] & trace.tally["layer"].notna()]
+        calls = layer_waits(attribution, phase)
         count = float(calls["launches"].sum())
-        if count < 1:
+        if not depth or count < 1:
             continue
         blocked_s = float(calls["duration_ns"].sum()) / 1e9
         # The device runs dry in the wait, and stays so until the host has issued the next kernel.
