@@ -110,10 +110,16 @@ def trace(top: int, as_json: bool, quiet: bool, debug: bool, **options: Any) -> 
 @_TOP
 @_JSON
 @click.option("--csv", "csv_folder", type=click.Path(path_type=Path), help="Write every table as CSV to this folder.")
+@click.option("--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write a self-contained page.")
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="With --html: say why RUN costs more or less than this run."
+)
 @_DEBUG
-def report(run_folder: Path, top: int, as_json: bool, csv_folder: Path | None, debug: bool) -> None:
-    """Print the report of run folder RUN again, or write it as JSON or CSV."""
-    _report(run_folder, top, as_json, csv_folder)
+def report(run_folder: Path, top: int, as_json: bool, csv_folder: Path | None, page: Path | None, debug: bool) -> None:
+    """Print the report of run folder RUN again, or write it as JSON, CSV or an HTML page."""
+    if baseline is not None and page is None:
+        raise click.UsageError("--baseline needs --html FILE; to compare in the terminal, use 'llmkern diff'.")
+    _report(run_folder, top, as_json, csv_folder, page, baseline)
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -196,7 +202,7 @@ def _console() -> Any:
     return Console(width=width)
 
 
-def _report(folder: Path, top: int, as_json: bool, csv_folder: Path | None = None) -> None:
+def _report(folder: Path, top: int, as_json: bool, csv_folder: Path | None = None, page: Path | None = None) -> None:
     from llmkern.attribute.attribution import attribute
     from llmkern.explain import Explanation
     from llmkern.report.doubts import doubts
@@ -212,6 +218,15 @@ def _report(folder: Path, top: int, as_json: bool, csv_folder: Path | None = Non
         from llmkern.report.tables import run_tables, write_csv
 
         write_csv(run_tables(explanation), csv_folder)
+    if page is not None:
+        from llmkern.report.html import write_page
+        from llmkern.report.terminal import books
+
+        other = attribute(RunFolder(baseline)) if baseline is not None else None
+        write_page(explanation, uncertain, books(run, explanation.attribution), page, other)
+        click.echo(f"Wrote {page} ({page.stat().st_size / 2**20:.1f} MiB).", err=True)
+        if not as_json:
+            return
     if as_json:
         from llmkern.report.document import echo, report_document
 

@@ -22,13 +22,15 @@ WAITS = r"Synchronize|^cudaMemcpy(?:2D|3D)?(?:_v\d+)?$|^cuMemcpy(?:DtoH|HtoD)(?:
 class HostTrace:
     """The pass that recorded host calls.
 
-    ``calls``: its host calls by their start (start_ns, end_ns, correlation_id, api). ``gaps``: those of one unit of
-    each phase (see tally_gaps). ``tally``: the calls of one unit of each phase by operator (see tally_calls).
+    ``calls``: its host calls by their start (start_ns, end_ns, correlation_id, api). ``caused``: every gap with its
+    cause (see gap_causes). ``gaps`` and ``tally``: gaps and calls of one unit of each phase (see tally_gaps and
+    tally_calls).
     """
 
     timeline: Timeline
     identified: Identified | None
     calls: pd.DataFrame
+    caused: pd.DataFrame
     gaps: pd.DataFrame
     tally: pd.DataFrame
 
@@ -49,8 +51,9 @@ def read_host(
         return None
     overheads = run.table("overheads", where={"pass": pass_name})
     ops = run.table("ops", OP_COLUMNS)
-    gaps = tally_gaps(timeline, identified, ops, gap_causes(timeline, calls, overheads))
-    return HostTrace(timeline, identified, calls, gaps, tally_calls(timeline, identified, ops, calls))
+    caused = gap_causes(timeline, calls, overheads)
+    gaps = tally_gaps(timeline, identified, ops, caused)
+    return HostTrace(timeline, identified, calls, caused, gaps, tally_calls(timeline, identified, ops, calls))
 
 
 def tally_calls(

@@ -59,7 +59,7 @@ def print_report(explanation: Explanation, uncertain: list[str], console: Consol
         console.print(_weighed_table(attribution))
     console.print()
     console.print(Text("Books and sensors", style="bold"))
-    for line in _books(run, attribution):
+    for line in books(run, attribution):
         console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
     console.print()
     console.print(Text("What is uncertain", style="bold"))
@@ -242,7 +242,8 @@ def _time_and_energy(record: dict[Any, Any], account: PhaseAccount) -> tuple[str
     return time_text, text, f"{energy_j / energy.value:.1%}"
 
 
-def _books(run: RunFolder, attribution: Attribution) -> list[str]:
+def books(run: RunFolder, attribution: Attribution) -> list[str]:
+    """Return what closes the books, and what the sensors and the recorder did, in sentences."""
     lines = []
     weighed = attribution.weighed
     if weighed is not None and weighed.counter_j is not None:

@@ -1,0 +1,347 @@
+"""The report as one self-contained page: its answer first, then charts, tables, doubts, method and environment."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+import vl_convert
+
+from llmkern import __version__
+from llmkern.attribute.account import PhaseAccount
+from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.estimate import Estimate
+from llmkern.errors import RecordingError
+from llmkern.explain import Explanation
+from llmkern.explain.compare import Difference, change, compare, tokens
+from llmkern.explain.finding import Finding, share_of
+from llmkern.report import charts
+from llmkern.report.tables import run_tables
+from llmkern.text import count, quantity, short_name, with_interval
+
+_ROWS = 60
+
+
+def write_page(
+    explanation: Explanation, uncertain: list[str], books: list[str], file: Path, baseline: Attribution | None = None
+) -> None:
+    """Write the page of a run to *file*; raises RecordingError where that fails."""
+    text = page(explanation, uncertain, books, baseline)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RecordingError(f"writing {file} failed ({error.strerror}): choose another file with --html.") from error
+
+
+def page(explanation: Explanation, uncertain: list[str], books: list[str], baseline: Attribution | None = None) -> str:
+    """Return the page of a run as HTML that needs no other file and no network.
+
+    *books* are the terminal's lines; with a *baseline* the page says why this run costs more or less than that one.
+    """
+    compared = compare(baseline, explanation.attribution) if baseline is not None else []
+    attribution = explanation.attribution
+    facts = attribution.run.facts
+    tables = run_tables(explanation)
+    uncertain = list(uncertain)
+    options, model = facts["options"], facts.get("model", {})
+    source = resources.files("llmkern.report") / "page"
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (source / "page.html.j2").read_text()
+    )
+    return template.render(
+        title=f"{model.get('name', options['model'])} {options['precision']}, batch {options['batch']}: "
+        f"{facts.get('prompts', {}).get('tokens', '?')} prompt tokens, {options['new_tokens']} new",
+        device=facts["device"]["name"],
+        incomplete="" if attribution.run.complete else uncertain.pop(0),
+        answer=_answer(explanation),
+        against=_against(baseline, compared),
+        tiles=_tiles(attribution),
+        findings=[_finding(f, attribution) for f in explanation.findings],
+        predictions=[
+            {"phase": f"{account.phase}, per {account.unit}", "html": _predictions(explanation, phase)}
+            for phase, account in reversed(attribution.accounts.items())
+        ],
+        fixes=list({p.name: p for p in explanation.predictions}.values()),
+        charts=_charts(explanation, tables, compared),
+        tables=[t for t in (_table(name, tables) for name in _TITLES) if t is not None],
+        uncertain=uncertain,
+        method=[*_METHOD, *books],
+        environment=_environment(facts),
+        style=(source / "page.css").read_text(),
+        script=(source / "page.js").read_text(),
+        library=_script_safe(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+    )
+
+
+_METHOD = (
+    "Latency and energy per phase were weighed with nothing in the process but a thread that reads the sensors; decode "
+    "= (generate(n) - generate(1)) / (n - 1). Kernels and host calls were recorded by CUPTI in passes of their own.",
+    "Energy of a gap = idle floor x its time; energy of a kernel = idle floor x its time + the joules that a launch "
+    "adds, from replays of the operators alone where there are any, else by equal power. Kernels + gaps + residual = "
+    "what the counter moved. Intervals are 95 %.",
+)
+_TITLES = {
+    "kinds": "Kernels by kind",
+    "causes": "Gaps by cause",
+    "operators": "Operators",
+    "kernels": "Kernels",
+    "gaps": "Gaps: what the host was at",
+    "roofline": "Operators against their roof",
+    "host_calls": "Host calls",
+}
+
+
+def _answer(explanation: Explanation) -> str:
+    """Return in two sentences where the joules of the main phase go, and what would help most."""
+    attribution = explanation.attribution
+    if not attribution.accounts:
+        return "This run has no phase with both a weighed window and a timeline."
+    account = list(attribution.accounts.values())[-1]
+    weight = account.weight
+    unit = "A decoded token" if account.phase == "decode" else "A prefill"
+    parts = [f"{unit} takes {quantity(weight.latency_s.value, 's')}"]
+    if weight.energy_j is not None and account.gap_j is not None:
+        share = account.gap_j.value / weight.energy_j.value
+        parts[0] = f"{unit} takes {quantity(weight.latency_s.value, 's')} and {quantity(weight.energy_j.value, 'J')}"
+        parts.append(f"{share:.0%} of the energy is spent while no kernel runs")
+    parts.append(f"the device is busy {account.busy_share:.0%} of the time, with {account.launches:,.0f} launches")
+    text = ": ".join([parts[0], "; ".join(parts[1:])]) + "."
+    own = [f for f in explanation.findings if f.phase == account.phase and f.name == "overhead_kernels"]
+    if own:
+        share = share_of(account, own[0].energy_j, own[0].time_s)
+        text += f" Converting numbers (quantize, dequantize, outliers, casts), with its gaps, is {share:.0%}."
+    best = [p for p in explanation.predictions if p.phase == account.phase and p.energy_j and p.energy_before_j]
+    if best:
+        most = min(best, key=lambda p: p.energy_j.value if p.energy_j else 0.0)
+        assert most.energy_j is not None
+        assert most.energy_before_j is not None
+        text += (
+            f" What would help most: {most.change}, to {quantity(most.latency_s.value, 's')} and "
+            f"{quantity(most.energy_j.value, 'J')} ({most.energy_j.value / most.energy_before_j - 1:+.0%})."
+        )
+    return text
+
+
+def _against(baseline: Attribution | None, compared: list[Difference]) -> str:
+    """Return in one sentence by how much this run's main phase differs from the baseline's, and where."""
+    if baseline is None or not compared:
+        return ""
+    facts, first = baseline.run.facts, compared[0]
+    name = f"{facts.get('model', {}).get('name', facts['options']['model'])} {facts['options']['precision']}"
+    if first.before_j is None or first.after_j is None:
+        return f"Per token {first.after_s.value / first.before_s.value:.2f} times the time of {name} in {first.phase}."
+    changed = change(first.before_j, first.after_j)
+    assert changed is not None
+    parts = [
+        f"{row['change_j']:+.2f} J {'in gaps before' if row['part'] == 'gaps' else 'in'} {row['name']} kernels"
+        for row in first.work.head(4).to_dict("records")
+    ]
+    return (
+        f"{first.after_j.value / first.before_j.value:.2f} times the energy of {name} per token of {first.phase} "
+        f"({quantity(first.before_j.value, 'J')} to {quantity(first.after_j.value, 'J')}): {'; '.join(parts)}."
+    )
+
+
+def _tiles(attribution: Attribution) -> list[dict[str, str]]:
+    tiles = []
+    for account in reversed(list(attribution.accounts.values())):
+        weight, name = account.weight, account.phase
+        scale = 1 / tokens(attribution, account)
+        energy = None if weight.energy_j is None else weight.energy_j.scaled(scale)
+        if energy is not None:
+            tiles.append(_tile(energy, "J", f"{name}, per token"))
+        tiles.append(_tile(weight.latency_s, "s", f"{name}, per {account.unit}"))
+        tiles.append({"value": f"{account.busy_share:.0%}", "label": f"{name}: device busy", "doubt": ""})
+    return tiles
+
+
+def _tile(estimate: Estimate, unit: str, label: str) -> dict[str, str]:
+    value, _, doubt = with_interval(estimate, unit).partition(" ± ")
+    name = doubt.rpartition(" ")[2] if doubt else ""
+    return {"value": f"{value} {name}".strip(), "label": label, "doubt": f"± {doubt}" if doubt else ""}
+
+
+def _finding(finding: Finding, attribution: Attribution) -> dict[str, Any]:
+    account = attribution.accounts[finding.phase]
+    share = share_of(account, finding.energy_j, finding.time_s)
+    price = f"{finding.phase}, per {finding.unit}:"
+    if finding.energy_j is not None:
+        price += f" {with_interval(finding.energy_j, 'J')}, {share:.0%}."
+    elif finding.time_s is not None:
+        price += f" {quantity(finding.time_s, 's')}, {share:.0%} of the time."
+    told = {name: getattr(finding, name) for name in ("claim", "formula", "assumption", "next_step")}
+    return {"price": price, **told, "evidence": _frame(finding.evidence)}
+
+
+def _predictions(explanation: Explanation, phase: str) -> str:
+    rows = []
+    for p in explanation.predictions:
+        if p.phase != phase:
+            continue
+        row = {"fix": p.name, "latency": with_interval(p.latency_s, "s"), "energy": with_interval(p.energy_j, "J")}
+        share = p.energy_j.value / p.energy_before_j - 1 if p.energy_j is not None and p.energy_before_j else None
+        rows.append({**row, "change": "" if share is None else f"{share:+.0%}"})
+    return _rendered(pd.DataFrame(rows), {"latency", "energy", "change"}) if rows else ""
+
+
+def _charts(
+    explanation: Explanation, tables: dict[str, pd.DataFrame], compared: list[Difference]
+) -> list[dict[str, Any]]:
+    attribution = explanation.attribution
+    phases = list(reversed(attribution.accounts.values()))
+    made: list[tuple[str, str, str, charts.Spec | None, str]] = []
+    changes = []
+    for one in compared:
+        title = f"From the baseline to this run: {one.phase}, per token"
+        note = "Bars add up from the energy of the baseline to that of this run; lines are 95 % intervals."
+        changes.append((f"change-{one.phase}", title, note, charts.difference(one), _frame(one.modules.head(20))))
+    for account in phases:
+        title = f"Where the energy of one {account.unit} of {account.phase} goes"
+        note = "Bars add up from left to right to the measured energy; lines are 95 % intervals."
+        made.append((f"energy-{account.phase}", title, note, charts.waterfall(attribution, account.phase), ""))
+    made.insert(
+        1,
+        (
+            "timeline",
+            "One decoded token",
+            "The token of median length in the pass that records host calls. Drag or use the arrow keys to move, + and "
+            "- or Alt and the wheel to zoom.",
+            charts.token_step(attribution),
+            "",
+        ),
+    )
+    for account in phases:
+        roof = explanation.roofs[account.phase]
+        made.append(_roof_chart(account, roof))
+        spec = charts.layer_map(tables["layers"], account.phase)
+        title = f"Layers of the model in {account.phase}"
+        made.append((f"layers-{account.phase}", title, "Energy in kernels, without the gaps between them.", spec, ""))
+    return [
+        {
+            "id": name,
+            "title": title,
+            "note": note,
+            "spec": spec,
+            "json": json.dumps(spec).replace("<", "\\u003c"),
+            "zooms": name == "timeline",
+            "table": table,
+        }
+        for name, title, note, spec, table in [*changes[:1], *made, *changes[1:]]
+        if spec is not None
+    ]
+
+
+def _roof_chart(account: PhaseAccount, roof: pd.DataFrame) -> tuple[str, str, str, charts.Spec | None, str]:
+    note = (
+        "Each point is an operator of one kind of module. On the dashed line it takes only the time that its bytes "
+        "need at full bandwidth, or its FLOPs at full rate; far above it, it waits for something else."
+    )
+    columns = ["kind", "op", "module", "bound", "calls", "duration_ns", "floor_ns", "roof_share", "waste_j"]
+    return (
+        f"roof-{account.phase}",
+        f"Operators of {account.phase} against their roof",
+        note,
+        charts.roofs(roof, account.unit) if len(roof) else None,
+        _frame(roof[columns].head(20)),
+    )
+
+
+def _table(name: str, tables: dict[str, pd.DataFrame]) -> dict[str, str] | None:
+    table = tables.get(name)
+    if table is None or table.empty:
+        return None
+    by = next((c for c in ("energy_j", "duration_ns") if c in table and table[c].notna().any()), None)
+    shown = table if by is None else table.sort_values(["phase", by], ascending=[True, False])
+    hidden = [c for c in ("floor_j", "dynamic_j", "signature", "kernels", "moved_bytes", "flops") if c in shown]
+    parts = [part.head(_ROWS) for _, part in shown.drop(columns=hidden).groupby("phase", sort=False)]
+    cut = "" if all(len(part) < _ROWS for part in parts) else f"<p class='note'>The first {_ROWS} of each phase.</p>"
+    return {"title": _TITLES[name], "html": cut + _frame(pd.concat(parts))}
+
+
+_SHOWN: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "duration_ns": ("time", lambda v: quantity(v / 1e9, "s")),
+    "floor_ns": ("at the roof", lambda v: quantity(v / 1e9, "s")),
+    "time_ms": ("time", lambda v: quantity(v / 1e3, "s")),
+    "energy_j": ("energy", lambda v: quantity(v, "J")),
+    "floor_energy_j": ("energy at the roof", lambda v: quantity(v, "J")),
+    "waste_j": ("waste", lambda v: quantity(v, "J")),
+    "roof_share": ("of roof", "{:.0%}".format),
+    "launches": ("count", count),
+    "calls": ("calls", count),
+    "bytes_per_s": ("TB/s", lambda v: f"{v / 1e12:.2f}"),
+    "flops_per_s": ("TFLOP/s", lambda v: f"{v / 1e12:.1f}"),
+}
+
+
+def _frame(frame: pd.DataFrame) -> str:
+    """Return *frame* as an HTML table: units in words, energies with their intervals, short kernel names."""
+    if frame.empty:
+        return ""
+    shown = frame.copy()
+    if {"energy_j", "low_j", "high_j"} <= set(shown.columns):
+        estimates = zip(shown["energy_j"], shown["low_j"], shown["high_j"], strict=True)
+        shown["energy_j"] = [_interval(*row) for row in estimates]
+        shown = shown.rename(columns={"energy_j": "energy"})
+    shown = shown.drop(columns=[c for c in ("low_j", "high_j") if c in shown])
+    numbers = {"energy"}
+    for column in list(shown.columns):
+        if column in _SHOWN:
+            title, render = _SHOWN[column]
+            shown[column] = ["–" if v is None or v != v else render(v) for v in shown[column]]
+            shown = shown.rename(columns={column: title})
+            numbers.add(title)
+        elif column in ("name", "op"):
+            shown[column] = [short_name(str(v)).removesuffix(".default") for v in shown[column]]
+        elif pd.api.types.is_float_dtype(shown[column]):
+            shown[column] = ["–" if v != v else f"{v:,.2f}" for v in shown[column]]
+            numbers.add(column)
+    return _rendered(shown, numbers)
+
+
+def _interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None or value != value:
+        return "–"
+    known = low is not None and high is not None and low == low and high == high
+    return with_interval(Estimate(value, low, high), "J") if known else quantity(value, "J")
+
+
+def _rendered(frame: pd.DataFrame, numbers: set[str]) -> str:
+    def kind(column: object) -> str:
+        return "n" if column in numbers else "name"
+
+    head = "".join(
+        f'<th scope="col" class="{kind(c)}">{html.escape(str(c).replace("_", " "))}</th>' for c in frame.columns
+    )
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{kind(c)}">{html.escape(_text(v))}</td>' for c, v in row.items()) + "</tr>"
+        for row in frame.to_dict("records")
+    )
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="table">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None or value != value else str(value)
+
+
+def _environment(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    device, host = facts["device"], facts.get("host", {})
+    rows = [("llmkern", __version__), ("started", facts["started"]), ("command", facts.get("command", ""))]
+    rows += [(name, str(version)) for name, version in facts["versions"].items() if version]
+    rows += [(name.replace("_", " "), str(value)) for name, value in device.items() if value is not None]
+    rows += [(f"host {name.replace('_', ' ')}", str(value)) for name, value in host.items() if value is not None]
+    return [row for row in rows if row[1]]
+
+
+def _script_safe(code: str) -> str:
+    """Return *code* so that nothing in it ends the script element that it stands in."""
+    return re.sub(r"<(/script|!--)", r"<\\\1", code, flags=re.IGNORECASE)
