@@ -115,11 +115,11 @@ def trace(top: int, as_json: bool, quiet: bool, debug: bool, **options: Any) -> 
     "--baseline", type=click.Path(path_type=Path), help="With --html: say why RUN costs more or less than this run."
 )
 @_DEBUG
-def report(run_folder: Path, top: int, as_json: bool, csv_folder: Path | None, page: Path | None, debug: bool) -> None:
+def report(run_folder: Path, page: Path | None, baseline: Path | None, debug: bool, **how: Any) -> None:
     """Print the report of run folder RUN again, or write it as JSON, CSV or an HTML page."""
     if baseline is not None and page is None:
         raise click.UsageError("--baseline needs --html FILE; to compare in the terminal, use 'llmkern diff'.")
-    _report(run_folder, top, as_json, csv_folder, page, baseline)
+    _report(run_folder, page=page, baseline=baseline, **how)
 
 
 @cli.command(context_settings=_CONTEXT)
@@ -202,7 +202,14 @@ def _console() -> Any:
     return Console(width=width)
 
 
-def _report(folder: Path, top: int, as_json: bool, csv_folder: Path | None = None, page: Path | None = None) -> None:
+def _report(
+    folder: Path,
+    top: int,
+    as_json: bool,
+    csv_folder: Path | None = None,
+    page: Path | None = None,
+    baseline: Path | None = None,
+) -> None:
     from llmkern.attribute.attribution import attribute
     from llmkern.explain import Explanation
     from llmkern.report.doubts import doubts
