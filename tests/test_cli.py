@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -64,6 +65,46 @@ def test_the_report_can_be_printed_again(tiny_run: tuple[Path, str]) -> None:
     again = llmkern("report", str(out))
     assert again.returncode == 0
     assert again.stdout == text
+
+
+def test_every_result_can_be_had_as_json(tiny_run: tuple[Path, str]) -> None:
+    out = str(tiny_run[0])
+    for arguments, name in (
+        (("report", out, "--json"), "report"),
+        (("diff", out, out, "--json"), "diff"),
+        (("doctor", "--json"), "doctor"),
+        (("models", "--json"), "models"),
+    ):
+        done = llmkern(*arguments)
+        assert done.returncode == 0, done.stderr
+        document = json.loads(done.stdout)
+        assert (document["schema"], document["document"]) == (1, name)
+
+
+def test_a_run_is_compared_with_another(tiny_run: tuple[Path, str]) -> None:
+    done = llmkern("diff", str(tiny_run[0]), str(tiny_run[0]))
+    assert done.returncode == 0, done.stderr
+    for words in ("before: qwen-tiny bf16", "Decode, per token:", "Kernels by kind, gaps by cause", "By module"):
+        assert words in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert_sentence(llmkern("diff", str(tiny_run[0]), "nowhere"), "nowhere is not a run folder")
+    refused = llmkern("diff", str(tiny_run[0]), str(tiny_run[0]), "--against", "magic")
+    assert_sentence(refused, "predicts nothing called magic")
+
+
+def test_the_page_and_the_tables_of_a_run_are_written(tiny_run: tuple[Path, str], tmp_path: Path) -> None:
+    page, tables = tmp_path / "page.html", tmp_path / "tables"
+    done = llmkern(
+        "report", str(tiny_run[0]), "--html", str(page), "--csv", str(tables), "--baseline", str(tiny_run[0])
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Wrote {page}" in done.stderr
+    assert "A decoded token takes" in page.read_text()
+    assert {"phases.csv", "kinds.csv", "operators.csv"} <= {file.name for file in tables.iterdir()}
+    assert_sentence(
+        llmkern("report", str(tiny_run[0]), "--html", str(tmp_path / "no" / "p.html")), "choose another file"
+    )
+    assert_sentence(llmkern("report", str(tiny_run[0]), "--baseline", str(tiny_run[0])), "--baseline needs --html")
 
 
 def test_run_json_holds_no_environment(tiny_run: tuple[Path, str]) -> None:

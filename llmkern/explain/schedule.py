@@ -26,17 +26,18 @@ GAP_NS = 1_000.0
 class Schedule:
     """Some steps of one phase in the order of their launches; arrays per kernel, times in ns.
 
-    ``before_ns`` and ``after_ns``: the host's time from the launch before to this one, up to and after a wait;
-    ``call_ns``: in the launch itself; ``waits``: whether the host waited for the device in between, and ``return_ns``
-    how long after the device was done it went on. ``latency_ns`` from a launch to the start on an idle device,
-    ``gap_ns`` between kernels that are queued. ``op``: row of ops; ``name``: code of the kernel's name; ``inside``: in
-    a forward, not between two.
+    ``launched``: by a call of its own, not as part of a graph. ``before_ns`` and ``after_ns``: the host's time from the
+    launch before to this one, up to and after a wait; ``call_ns``: in the launch itself. ``waits``: whether the host
+    waited for the device in between, and ``return_ns`` how long after the device was done it went on. ``latency_ns``
+    from a launch to the start on an idle device, ``gap_ns`` between kernels that are queued. ``op``: row of ops;
+    ``name``: code of the kernel's name; ``inside``: in a forward, not between two.
     """
 
     steps: int
     op: np.ndarray
     name: np.ndarray
     inside: np.ndarray
+    launched: np.ndarray
     before_ns: np.ndarray
     after_ns: np.ndarray
     call_ns: np.ndarray
@@ -57,20 +58,32 @@ class Schedule:
         )
         host = device = 0.0
         latency, gap = self.latency_ns, self.gap_ns
-        waits = self.waits.tolist()
+        waits, launched = self.waits.tolist(), self.launched.tolist()
         for i, (before, after, call, back, duration) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
             host += before
             if waits[i]:
                 host = max(host, device) + back
             host += after
-            device = max(host + latency, device + gap) + duration
+            # What is part of a graph is on the device already.
+            device = max(host + latency if launched[i] else 0.0, device + gap) + duration
             host += call
         return max(host, device) / 1e9 / self.steps
 
     def without(self, gone: np.ndarray) -> Schedule:
         """Return the schedule without the kernels *gone*, their host time and their waits."""
         kept = ~gone
-        fields = ("op", "name", "inside", "before_ns", "after_ns", "call_ns", "waits", "return_ns", "duration_ns")
+        fields = (
+            "op",
+            "name",
+            "inside",
+            "launched",
+            "before_ns",
+            "after_ns",
+            "call_ns",
+            "waits",
+            "return_ns",
+            "duration_ns",
+        )
         return replace(self, **{field: getattr(self, field)[kept] for field in fields})
 
 
@@ -115,6 +128,7 @@ def schedule(trace: HostTrace, phase: str) -> Schedule | None:
         trace.identified.op[rows] if trace.identified is not None else np.full(len(rows), NONE),
         kernels["name"].astype("category").cat.codes.to_numpy()[rows],
         containing((issue + base).astype(np.int64), forwards) != NONE,
+        new,
         np.where(waits, before, 0.0),
         np.where(waits, np.maximum(0.0, own - before - back[1]), own),
         np.where(new, done - issue, 0.0),

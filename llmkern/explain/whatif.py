@@ -96,6 +96,7 @@ def captured(plan: Schedule) -> Schedule:
         after_ns=np.where(inside & ~first, nothing, plan.after_ns),
         call_ns=np.where(inside, np.where(first, GRAPH_LAUNCH_NS, nothing), plan.call_ns),
         waits=plan.waits & ~(inside & ~first),
+        launched=plan.launched & ~(inside & ~first),
     )
 
 

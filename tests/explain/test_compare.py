@@ -1,0 +1,84 @@
+"""One run against another: the bars add up, whatever the runs have or lack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmkern.attribute.attribution import attribute
+from llmkern.errors import UsageError
+from llmkern.explain.compare import compare
+from tests.recorded import recorded
+from tests.synthetic import synthetic_run
+
+
+@pytest.mark.parametrize("pair", [("bf16-operators", "int8"), ("int8", "int4"), ("bf16", "int4")])
+def test_changes_add_up_to_the_measured_difference(pair: tuple[str, str]) -> None:
+    before, after = (recorded(name) for name in pair)
+    found = compare(before, after)
+    assert [d.phase for d in found] == ["decode", "prefill"]
+    for difference in found:
+        assert difference.before_j is not None
+        assert difference.after_j is not None
+        whole_j = difference.after_j.value - difference.before_j.value
+        whole_s = difference.after_s.value - difference.before_s.value
+        for view in (difference.bars, difference.work, difference.modules):
+            assert view["change_j"].sum() == pytest.approx(whole_j)
+            assert view["change_s"].sum() == pytest.approx(whole_s)
+            assert view["before_j"].sum() == pytest.approx(difference.before_j.value)
+
+
+def test_int8_costs_more_than_bf16_in_gaps_before_its_outlier_kernels() -> None:
+    decode = compare(recorded("bf16-operators"), recorded("int8"))[0]
+    first = decode.work.iloc[0]
+    assert (first["part"], first["name"]) == ("gaps", "outlier")
+    assert first["change_j"] > 0.4 * decode.bars["change_j"].sum()
+    assert first["low_j"] < first["change_j"] < first["high_j"]
+
+
+def test_a_run_against_itself_changes_nothing() -> None:
+    for difference in compare(recorded("int4"), recorded("int4")):
+        assert difference.bars["change_j"].abs().max() == 0
+
+
+def test_tokens_are_what_is_compared(tmp_path: Path) -> None:
+    one, truth = synthetic_run(tmp_path / "one")
+    four, _ = synthetic_run(tmp_path / "four")
+    four.facts["options"]["batch"] = 4
+    four.facts["prompts"]["effective_tokens"] = [100] * 4
+    decode, prefill = compare(attribute(one), attribute(four))
+    assert decode.before_j is not None
+    assert decode.after_j is not None
+    assert decode.after_j.value == pytest.approx(decode.before_j.value / 4)
+    assert prefill.before_j is not None
+    assert prefill.before_j.value == pytest.approx(truth.prefill_j / 100, rel=0.05)
+
+
+def test_without_energy_times_are_compared(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run", energy=False)
+    decode = compare(attribute(run), recorded("int4"))[0]
+    assert decode.before_j is None
+    assert decode.bars["change_j"].isna().all()
+    assert decode.bars["change_s"].sum() == pytest.approx(decode.after_s.value - decode.before_s.value)
+
+
+def test_a_prediction_is_checked_against_what_was_measured() -> None:
+    decode = compare(recorded("int8"), recorded("bf16-operators"), "fused-graph")[0]
+    checked = decode.checked
+    assert checked is not None
+    assert checked.prediction.name == "fused-graph"
+    assert checked.latency_error == pytest.approx(checked.prediction.latency_s.value / checked.latency_s.value - 1)
+    assert checked.energy_error is not None
+
+
+def test_an_unknown_prediction_is_one_sentence_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="predicts nothing called faster; it predicts: graph, "):
+        compare(recorded("int8"), recorded("int4"), "faster")
+
+
+def test_runs_that_share_no_phase_are_one_sentence(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    (run.path / "ranges.parquet").unlink()
+    with pytest.raises(UsageError, match="share no phase"):
+        compare(attribute(run), recorded("int4"))

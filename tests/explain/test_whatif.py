@@ -1,0 +1,69 @@
+"""Predictions on recorded runs: within what physics allows, and in the right order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmkern.attribute.attribution import attribute
+from llmkern.explain.whatif import Prediction, conversions, predict
+from tests.recorded import recorded
+from tests.synthetic import synthetic_run
+
+
+def made(name: str, phase: str = "decode") -> dict[str, Prediction]:
+    return {p.name: p for p in predict(recorded(name)) if p.phase == phase}
+
+
+def test_a_graph_takes_little_longer_than_its_kernels() -> None:
+    account = recorded("bf16-operators").accounts["decode"]
+    graph = made("bf16-operators")["graph"]
+    # 7.8 ms of kernels, about 1 µs between 1,305 of them, and the token boundary.
+    assert account.busy_s < graph.latency_s.value < account.busy_s + 1305 * 2e-6
+    assert graph.energy_j is not None
+    assert account.floor_w is not None
+    assert account.weight.energy_j is not None
+    saved_s = account.weight.latency_s.value - graph.latency_s.value
+    # The kernels cost what they cost: what goes is the floor of the gaps.
+    assert account.weight.energy_j.value - graph.energy_j.value == pytest.approx(account.floor_w.value * saved_s)
+
+
+def test_a_faster_host_halves_what_the_host_decides() -> None:
+    for name in ("int8", "bf16-operators"):
+        faster = made(name)["host-2x"]
+        assert 0.5 < faster.latency_s.value / faster.latency_before_s < 0.56
+
+
+def test_less_work_is_predicted_to_be_faster_in_this_order() -> None:
+    found = made("int8")
+    latency = {name: p.latency_s.value for name, p in found.items()}
+    assert latency["fused-graph"] < latency["graph"] < latency["dequant-fused"] < latency["syncs-removed"]
+    assert all(p.latency_s.value < p.latency_before_s for p in found.values())
+    launches = {name: p.launches for name, p in found.items()}
+    assert launches["graph"] == pytest.approx(4525, abs=1)
+    # 2,744 outlier launches go with the waits, and 196 each of quantize and dequantize with the conversions.
+    assert launches["graph"] - launches["syncs-removed"] == pytest.approx(2744, abs=1)
+    assert launches["syncs-removed"] - launches["dequant-fused"] == pytest.approx(392, abs=1)
+
+
+def test_bf16_has_no_dequantization_to_fuse() -> None:
+    assert not {"dequant-fused", "fused-graph", "syncs-removed"} & set(made("bf16-operators"))
+
+
+def test_only_conversions_at_a_products_inputs_are_fused() -> None:
+    kinds = ["cast", "cast", "dequantize", "gemm", "outlier"]
+    modules = ["model.layers.*.mlp.up_proj", "model.layers.*.input_layernorm", "", "model.layers.*.mlp.up_proj", ""]
+    import numpy as np
+
+    assert conversions(np.array(kinds), np.array(modules)).tolist() == [True, False, True, False, True]
+
+
+def test_without_energy_latency_is_predicted_and_without_host_calls_nothing(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "time", energy=False)
+    found = predict(attribute(run))
+    assert {p.name for p in found} >= {"graph", "host-2x"}
+    assert all(p.energy_j is None for p in found)
+    bare, _ = synthetic_run(tmp_path / "bare")
+    (bare.path / "launches.parquet").unlink()
+    assert predict(attribute(bare)) == []
