@@ -16,6 +16,8 @@ from llmkern.report.heading import heading
 from llmkern.text import count, quantity, with_interval
 
 _BAR = 20
+# A narrower terminal needs its columns for names and numbers.
+_WIDE = 100
 
 
 def print_difference(
@@ -33,9 +35,15 @@ def print_difference(
         console.print()
         console.print(_total(difference), highlight=False)
         for table in (
-            _bars(difference, "bars", "Kernels by kind, gaps by cause", top),
-            _bars(difference, "work", "Kernels and gaps by the kind of work (gaps: of the kernel after)", top),
-            _bars(difference, "modules", "By module", top),
+            _bars(difference, "bars", "Kernels by kind, gaps by cause", top, console.width >= _WIDE),
+            _bars(
+                difference,
+                "work",
+                "By the kind of work (gaps: of the kernel after)",
+                top,
+                console.width >= _WIDE,
+            ),
+            _bars(difference, "modules", "By module", top, console.width >= _WIDE),
         ):
             console.print()
             console.print(table)
@@ -65,16 +73,16 @@ def signed(estimate: Estimate, unit: str) -> str:
     return ("+" if estimate.value > 0 else "") + with_interval(estimate, unit)
 
 
-def _bars(difference: Difference, view: str, title: str, top: int) -> Table:
+def _bars(difference: Difference, view: str, title: str, top: int, wide: bool) -> Table:
     rows = getattr(difference, view)
     has_energy = bool(rows["change_j"].notna().any())
     key, unit = ("change_j", "J") if has_energy else ("change_s", "s")
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1)
+    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1, min_width=18)
     for column in ("before", "after", "change", "launches"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, width=_BAR)
+    if wide:
+        table.add_column("", no_wrap=True, width=_BAR)
     largest = max(float(rows[key].abs().max()), 1e-12)
     shown, rest = rows.head(top).to_dict("records"), rows.iloc[top:]
     if len(rest):
@@ -82,11 +90,11 @@ def _bars(difference: Difference, view: str, title: str, top: int) -> Table:
         shown.append({**sums, "part": "", "name": f"{len(rest)} others", "module": ""})
     for row in shown:
         estimate = Estimate(row[key], row["low_j"], row["high_j"]) if has_energy else Estimate(row[key])
-        name = " ".join(str(row[k]) for k in ("name", "module") if row.get(k)).replace("model.layers.", "")
+        words = [f"{row['part']}:" if row["part"] in ("gaps", "kernels") else "", row["name"], row.get("module")]
+        name = " ".join(str(word) for word in words if word).replace("model.layers.", "")
         before, after = (quantity(row[f"{side}_{key[-1]}"], unit) for side in ("before", "after"))
-        table.add_row(
-            str(row["part"]), name, before, after, signed(estimate, unit), _launches(row), _bar(row[key] / largest)
-        )
+        bar = [_bar(row[key] / largest)] if wide else []
+        table.add_row(name, before, after, signed(estimate, unit), _launches(row), *bar)
     return table
 
 
@@ -98,7 +106,7 @@ def _launches(row: dict[Any, Any]) -> str:
 
 
 def _bar(share: float) -> Text:
-    blocks = "█" * round(abs(share) * _BAR)
+    blocks = "█" * min(_BAR, round(abs(share) * _BAR))
     return Text(blocks, style="red" if share > 0 else "green")
 
 

@@ -10,7 +10,6 @@ from rich.text import Text
 from llmkern.attribute.account import PhaseAccount
 from llmkern.explain import Explanation
 from llmkern.explain.finding import Finding, share_of
-from llmkern.explain.whatif import Prediction
 from llmkern.text import quantity, with_interval
 
 # The phase that the report is about gets most of the room.
@@ -47,36 +46,21 @@ def print_predictions(explanation: Explanation, console: Console) -> None:
     """Print what each fix would leave of latency and energy."""
     if not explanation.predictions:
         return
-    accounts = list(reversed(explanation.attribution.accounts.values()))
     table = Table(title="What if (predicted)", title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column("fix", no_wrap=True)
-    for account in accounts:
-        table.add_column(f"{account.phase}, per {account.unit}", justify="right", no_wrap=True)
-        if account.weight.energy_j is not None:
-            table.add_column("energy", justify="right", no_wrap=True)
-            table.add_column("saves", justify="right", no_wrap=True)
-    by_name: dict[str, dict[str, Prediction]] = {}
-    for prediction in explanation.predictions:
-        by_name.setdefault(prediction.name, {})[prediction.phase] = prediction
-    for name, by_phase in by_name.items():
-        cells: list[str] = []
-        for account in accounts:
-            cells += _cells(by_phase.get(account.phase), account)
-        table.add_row(name, *cells)
+    table.add_column("of", no_wrap=True)
+    for title in ("latency", "energy", "saves"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for phase in reversed(explanation.attribution.accounts):
+        for made in explanation.predictions:
+            if made.phase != phase:
+                continue
+            before, after = made.energy_before_j, made.energy_j
+            saved = "" if before is None or after is None else f"{1 - after.value / before:.0%}"
+            unit = f"{made.phase}, per {made.unit}"
+            table.add_row(made.name, unit, with_interval(made.latency_s, "s"), with_interval(after, "J"), saved)
     console.print()
     console.print(table)
-    for prediction in {p.name: p for p in explanation.predictions}.values():
-        text = f"{prediction.name}: {prediction.change}, if {prediction.assumption}."
+    for made in {p.name: p for p in explanation.predictions}.values():
+        text = f"{made.name}: {made.change}, if {made.assumption}."
         console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)), highlight=False)
-
-
-def _cells(prediction: Prediction | None, account: PhaseAccount) -> list[str]:
-    has_energy = account.weight.energy_j is not None
-    if prediction is None:
-        return [""] * (3 if has_energy else 1)
-    cells = [with_interval(prediction.latency_s, "s")]
-    if has_energy:
-        before, after = prediction.energy_before_j, prediction.energy_j
-        cells.append(with_interval(after, "J"))
-        cells.append("" if before is None or after is None else f"{1 - after.value / before:.0%}")
-    return cells
