@@ -57,7 +57,9 @@ def slug() -> str:
 
 def _command(bench: str) -> str:
     # Where the files went says nothing of what was measured.
-    return re.sub(r" --(results|runs) \S+", "", shlex.join(["python", "-m", f"bench.{bench}", *sys.argv[1:]]))
+    return re.sub(
+        r" --(results|runs|peer-python) \S+", "", shlex.join(["python", "-m", f"bench.{bench}", *sys.argv[1:]])
+    )
 
 
 def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, **more: Any) -> Path:

@@ -107,6 +107,24 @@ def recorder_load(document: dict[str, Any]) -> list[str]:
     ]
 
 
+def analysis(document: dict[str, Any]) -> list[str]:
+    rows = [
+        "| kernels | llmkern: load, attribute, explain | peak memory | Holistic Trace Analysis | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for found in document["cases"]:
+        m = {k: v["value"] for k, v in found["metrics"].items()}
+        peer = ["", ""]
+        if "peer_over_llmkern" in m:
+            seconds = f"{m['peer_load_analyse']:.1f} s ({m['peer_over_llmkern']:.1f} ×)"
+            peer = [seconds, f"{m['peer_peak_memory'] / 1e9:.1f} GB"]
+        elif "events" in m:
+            peer = [found["note"], ""]
+        own = f"{m['load_attribute_explain']:.1f} s | {m['peak_memory_of_process'] / 1e9:.1f} GB"
+        rows.append(f"| {m['kernels']:,.0f} | {own} | {' | '.join(peer)} |")
+    return rows
+
+
 def report() -> list[str]:
     """Return the short report of qwen-7b int8 as bench.matrix left it."""
     (file,) = RESULTS.glob("report-qwen-7b-int8-nvidia-h100*.txt")
@@ -118,6 +136,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "completeness": completeness,
     "overhead": overhead,
     "recorder_load": recorder_load,
+    "analysis": analysis,
 }
 
 

@@ -38,6 +38,13 @@ _DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when somet
 )
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
 @click.option(
+    "--engine",
+    type=click.Choice(["eager", "graph"]),
+    default="eager",
+    show_default=True,
+    help="graph: every decode step from one captured CUDA graph, with a cache of fixed size.",
+)
+@click.option(
     "--weights",
     type=click.Choice(["auto", "hub", "local", "random"]),
     default="auto",

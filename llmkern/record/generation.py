@@ -26,7 +26,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 class Generation:
     """Greedy generation of exactly n tokens for one batch of prompts, annotated.
 
-    *input_ids* and *attention_mask* are int64 tensors of shape [batch, prompt tokens]. A phase ends when the device
+    *input_ids* and *attention_mask* are int64 tensors of shape [batch, prompt tokens]; *cache* is used by every
+    generation in the place of a new one. A phase ends when the device
     has finished it: generate reads the stopping criterion back after every token, which synchronises, and
     *synchronize* is called at the end.
     """
@@ -38,8 +39,10 @@ class Generation:
         attention_mask: torch.Tensor,
         annotator: Annotator,
         synchronize: Callable[[], None],
+        cache: Any = None,
     ) -> None:
         self._model = model
+        self._cache = cache
         self.inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         self._annotator = annotator
         self._synchronize = synchronize
@@ -55,12 +58,19 @@ class Generation:
         note = self._annotator
         note.new_tokens = new_tokens
         self._step, self._token = 0, None
+        kept = {}
+        if self._cache is not None:
+            with torch.inference_mode():
+                self._cache.reset()
+            kept["past_key_values"] = self._cache
         self._synchronize()
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,
             pad_token_id=self._model.generation_config.pad_token_id,
+            # With a cache of fixed size generate would compile the model, which is another one then.
+            disable_compile=True,
         )
         depth = note.depth
         note.push(f"generate({new_tokens})", "generate")
@@ -72,7 +82,7 @@ class Generation:
         elapsed_ns = 0
         try:
             with torch.inference_mode():
-                self._model.generate(**self.inputs, generation_config=config)
+                self._model.generate(**self.inputs, **kept, generation_config=config)
             self._synchronize()
             note.pop()
             end_ns = note.pop()

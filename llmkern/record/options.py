@@ -14,6 +14,7 @@ class TraceOptions:
     model: str
     precision: str = "bf16"
     device: str = "auto"
+    engine: str = "eager"
     weights: str = "auto"
     batch: int = 1
     prompt_tokens: int | None = None

@@ -21,6 +21,7 @@ from llmkern.record import environment, replay_cache
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device
+from llmkern.record.engine import check_graph, use_graph
 from llmkern.record.generation import Generation, decoder_layers
 from llmkern.record.options import TraceOptions
 from llmkern.record.passes import record_passes
@@ -42,6 +43,8 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
     spec = find_model(options.model)
     device = choose_device(options.device)
     device.check_unprofiled()
+    if options.engine == "graph":
+        check_graph(device.kind)
     check_precision(options.precision, device.kind, device.capability(), have_bitsandbytes())
     config = build_config(spec)
     prompts = parse_prompts(options.prompts) if options.prompts is not None else None
@@ -114,12 +117,16 @@ def _record(
         )
     prompts = _prompts(options, given, loaded)
     writer.write_facts(model=_model_facts(spec, loaded), prompts=_prompt_facts(prompts))
+    cache = None
+    if options.engine == "graph":
+        cache = use_graph(loaded.model, int(prompts.input_ids.shape[1]), options.new_tokens)
     generation = Generation(
         loaded.model,
         prompts.input_ids.to(device.torch_device),
         prompts.attention_mask.to(device.torch_device),
         annotator,
         device.synchronize,
+        cache,
     )
     record_passes(device, generation, loaded.model, annotator, writer, stages, options)
 

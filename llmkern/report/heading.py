@@ -14,12 +14,13 @@ def heading(facts: dict[str, Any]) -> list[Text]:
     options, model, device = facts["options"], facts.get("model", {}), facts["device"]
     prompts = facts.get("prompts", {})
     versions = facts["versions"]
+    engine = f", {options['engine']} engine" if options.get("engine", "eager") != "eager" else ""
     driver = f", driver {device['driver_version']}" if device.get("driver_version") else ""
     libraries = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "bitsandbytes") if versions.get(k))
     weights = f"{model['weights']} weights, {quantity(model['weight_bytes'], 'B')}" if model else "weights not loaded"
     return [
         Text(
-            f"{model.get('name', options['model'])} {options['precision']}: batch {options['batch']}, "
+            f"{model.get('name', options['model'])} {options['precision']}{engine}: batch {options['batch']}, "
             f"{prompts.get('tokens', '?')} prompt tokens, {options['new_tokens']} new tokens, {weights}",
             style="bold",
         ),
