@@ -107,6 +107,14 @@ def test_the_page_and_the_tables_of_a_run_are_written(tiny_run: tuple[Path, str]
     assert_sentence(llmkern("report", str(tiny_run[0]), "--baseline", str(tiny_run[0])), "--baseline needs --html")
 
 
+def test_a_graph_engine_without_a_gpu_is_one_sentence(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    options = ("--model", "qwen-tiny", "--device", "cpu", "--engine", "graph", "--out", str(tmp_path / "run"))
+    assert_sentence(llmkern("trace", *options), "needs a GPU", "--engine eager")
+    assert not (tmp_path / "run").exists()
+
+
 def test_run_json_holds_no_environment(tiny_run: tuple[Path, str]) -> None:
     text = (tiny_run[0] / "run.json").read_text()
     for key, value in os.environ.items():
