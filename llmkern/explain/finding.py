@@ -69,6 +69,11 @@ def layer_waits(attribution: Attribution, phase: str) -> pd.DataFrame:
     return calls[(calls["phase"] == phase) & calls["waits"] & calls["layer"].notna()]
 
 
+def operator_name(op: object) -> str:
+    """Return the name of an operator without the overload that nearly all have."""
+    return str(op).removesuffix(".default")
+
+
 def readable(rows: pd.DataFrame, columns: list[str], top: int = 5) -> pd.DataFrame:
     """Return the first *top* of *rows* with *columns*, times as ms and energies as they are."""
     chosen = rows.head(top).copy()

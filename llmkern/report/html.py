@@ -20,7 +20,7 @@ from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.estimate import Estimate
 from llmkern.errors import RecordingError
 from llmkern.explain import Explanation
-from llmkern.explain.compare import Difference, change, compare, tokens
+from llmkern.explain.compare import Difference, compare, tokens
 from llmkern.explain.finding import Finding, share_of
 from llmkern.report import charts
 from llmkern.report.tables import run_tables
@@ -137,15 +137,13 @@ def _against(baseline: Attribution | None, compared: list[Difference]) -> str:
     name = f"{facts.get('model', {}).get('name', facts['options']['model'])} {facts['options']['precision']}"
     if first.before_j is None or first.after_j is None:
         return f"Per token {first.after_s.value / first.before_s.value:.2f} times the time of {name} in {first.phase}."
-    changed = change(first.before_j, first.after_j)
-    assert changed is not None
     parts = [
         f"{row['change_j']:+.2f} J {'in gaps before' if row['part'] == 'gaps' else 'in'} {row['name']} kernels"
         for row in first.work.head(4).to_dict("records")
     ]
     return (
         f"{first.after_j.value / first.before_j.value:.2f} times the energy of {name} per token of {first.phase} "
-        f"({quantity(first.before_j.value, 'J')} to {quantity(first.after_j.value, 'J')}): {'; '.join(parts)}."
+        f"({with_interval(first.before_j, 'J')} to {with_interval(first.after_j, 'J')}): {'; '.join(parts)}."
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.explain.finding import WORTH_TELLING, Finding, cost, layer_waits, readable, share_of
+from llmkern.explain.finding import WORTH_TELLING, Finding, cost, layer_waits, operator_name, readable, share_of
 
 # Boundaries between token steps are a finding of their own, and so are waits inside layers.
 _WHY = {
@@ -60,7 +60,7 @@ def _mostly(rows: pd.DataFrame) -> str:
         rows.groupby("op", sort=False)[["launches", "duration_ns"]].sum().sort_values("duration_ns", ascending=False)
     )
     parts = [
-        f"{str(op).removesuffix('.default')} {row['launches']:,.0f} gaps, {row['duration_ns'] / 1e6:.1f} ms"
+        f"{operator_name(op)} {row['launches']:,.0f} gaps, {row['duration_ns'] / 1e6:.1f} ms"
         for op, row in by_op.head(2).iterrows()
     ]
     return f": {'; '.join(parts)}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
-from llmkern.explain.finding import WORTH_TELLING, Finding, readable, share_of
+from llmkern.explain.finding import WORTH_TELLING, Finding, operator_name, readable, share_of
 from llmkern.explain.roofline import roofline
 
 FAR = 0.5
@@ -26,9 +25,11 @@ def low_roof(attribution: Attribution) -> list[Finding]:
         if share < WORTH_TELLING:
             continue
         first = own.iloc[0]
+        where = f"{operator_name(first['op'])} in {first['module'] or 'the model'}"
         rate = f"{first['bytes_per_s'] / 1e12:.2f} TB/s"
         if first["bound"] == "compute":
-            rate = f"{first['flops_per_s'] / 1e12:.0f} TFLOP/s"
+            where = f"{operator_name(first['op'])} in {first['module'] or 'the model'}"
+        rate = f"{first['flops_per_s'] / 1e12:.0f} TFLOP/s"
         launches = own.rename(columns={"kernels": "launches"})
         found.append(
             Finding(
@@ -36,9 +37,8 @@ def low_roof(attribution: Attribution) -> list[Finding]:
                 phase,
                 account.unit,
                 f"{len(own)} operators run below {FAR:.0%} of their roof, {above_s * 1e3:.2f} ms longer than their "
-                f"bytes and FLOPs need; the most wasteful, {_name(first['op'])} in {first['module'] or 'the model'}, "
-                f"reaches {first['roof_share']:.0%} ({rate}).",
-                energy_j if energy_j is None else Estimate(energy_j.value, energy_j.low, energy_j.high),
+                f"bytes and FLOPs need; the most wasteful, {where}, reaches {first['roof_share']:.0%} ({rate}).",
+                energy_j,
                 above_s,
                 "idle floor (W) x (time - max(bytes / peak bandwidth, FLOPs / peak rate))",
                 "bytes are each argument read once and each result written once; at its roof a kernel would still "
@@ -48,7 +48,3 @@ def low_roof(attribution: Attribution) -> list[Finding]:
             )
         )
     return found
-
-
-def _name(op: object) -> str:
-    return str(op).removesuffix(".default")

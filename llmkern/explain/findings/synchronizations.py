@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.explain.finding import Finding, cost, layer_waits, layers, readable
+from llmkern.explain.finding import Finding, cost, layer_waits, layers, operator_name, readable
 
 
 def synchronizations(attribution: Attribution) -> list[Finding]:
@@ -22,6 +22,7 @@ def synchronizations(attribution: Attribution) -> list[Finding]:
         energy_j, time_s = cost(after)
         by_op = calls.groupby(["op", "module"], sort=False)[["launches", "duration_ns"]].sum().reset_index()
         busiest = by_op.sort_values("launches", ascending=False)
+        first = operator_name(busiest["op"].iloc[0])
         found.append(
             Finding(
                 "synchronizations",
@@ -35,13 +36,8 @@ def synchronizations(attribution: Attribution) -> list[Finding]:
                 "calls of the host that return when the device is done, inside layers; the joules are those of the "
                 "gaps that began while the host was in one (idle floor x their time)",
                 "gaps that begin later but follow from the empty queue are counted as launch_bound, not here",
-                f"remove them from {_name(busiest['op'].iloc[0])}: nothing can be queued ahead or captured in a graph "
-                "while they are there",
+                f"remove them from {first}: nothing can be queued ahead or captured in a graph while they are there",
                 readable(busiest, ["op", "module"], top=8),
             )
         )
     return found
-
-
-def _name(op: object) -> str:
-    return str(op).removesuffix(".default")
