@@ -37,6 +37,9 @@ _ONE_ROW = r"^(1x)*\d+ "
 RULES = (
     Rule("memset", name=r"^memset"),
     Rule("rope", module=r"rotary"),
+    # On the CPU an operator is its own kernel, and what it is for is all that can be said of it.
+    Rule("gemm", op=r"int8_.*(linear|mm)\b", name=r"^bitsandbytes\."),
+    Rule("quantize", op=r"int8_(double_|vectorwise_)?quant", name=r"^bitsandbytes\."),
     # LLM.int8(): the search for outliers and everything on their fp16 side path, as bitsandbytes lays it out.
     Rule("quantize", op=r"int8_(double_|vectorwise_)?quant", name=r"kInt8VectorQuant|RowColStats|DoubleRowCol"),
     Rule("outlier", op=r"int8_(double_|vectorwise_)?quant"),

@@ -220,7 +220,8 @@ def _charts(
         made.append(_roof_chart(account, roof))
         spec = charts.layer_map(tables["layers"], account.phase)
         title = f"Layers of the model in {account.phase}"
-        made.append((f"layers-{account.phase}", title, "Energy in kernels, without the gaps between them.", spec, ""))
+        note = f"{'Energy' if account.joules is not None else 'Time'} in kernels, without the gaps between them."
+        made.append((f"layers-{account.phase}", title, note, spec, ""))
     return [
         {
             "id": name,

@@ -59,3 +59,11 @@ def test_a_frame_is_answered_row_by_row() -> None:
     frame = pd.DataFrame(rows, columns=["op", "module", "shapes", "name"])
     assert kinds(frame) == ["gemv", "memset", "gemv"]
     assert kinds(frame.iloc[:0]) == []
+
+
+@pytest.mark.parametrize(
+    ("op", "kind"),
+    [("bitsandbytes.int8_mixed_scaled_mm.default", "gemm"), (f"bitsandbytes.{QUANT}.default", "quantize")],
+)
+def test_on_the_cpu_an_operator_is_what_it_is_for(op: str, kind: str) -> None:
+    assert kind_of(op, "model.layers.*.mlp.up_proj", "1x1x8 8x8", op) == kind

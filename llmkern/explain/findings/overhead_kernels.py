@@ -27,14 +27,14 @@ def overhead_kernels(attribution: Attribution) -> list[Finding]:
             continue
         counts = own.groupby("kind")["launches"].sum().sort_values(ascending=False)
         kinds = ", ".join(f"{count:,.0f} {kind}" for kind, count in counts.items() if count >= 1)
+        around = f", the idle gaps that each of them ends {_cost(gap_j, gap_s)}" if gap_s > 0 else ""
         found.append(
             Finding(
                 "overhead_kernels",
                 phase,
                 account.unit,
                 f"{launches:,.0f} of {account.launches:,.0f} launches ({launches / account.launches:.0%}) only convert "
-                f"numbers: {kinds}. Their kernels take {_cost(kernel_j, kernel_s)}, the idle gaps that each of them "
-                f"ends {_cost(gap_j, gap_s)}.",
+                f"numbers: {kinds}. Their kernels take {_cost(kernel_j, kernel_s)}{around}.",
                 energy_j,
                 time_s,
                 "energy of the kernels of the kinds quantize, dequantize, outlier and cast + idle floor x the gaps "
