@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.host import HostTrace
+from llmkern.attribute.host import WAITS, HostTrace
 from llmkern.attribute.timeline import NONE
 from llmkern.explain.compare import Difference
 from llmkern.report.tables import records
@@ -247,7 +247,7 @@ def token_step(attribution: Attribution) -> Spec | None:
 
     calls = trace.calls[(trace.calls["start_ns"] >= begin_ns) & (trace.calls["end_ns"] <= end_ns)]
     api = calls["api"].astype(str)
-    waits = api.str.contains("Synchronize")
+    waits = api.str.contains(WAITS)
     add("host", calls["start_ns"], calls["end_ns"], np.where(waits, "host waits", "host launches"), api)
     streams = kernels["stream"].to_numpy()
     names = kernels["name"].astype(str)
