@@ -57,6 +57,12 @@ def tally_kernels(timeline: Timeline, identified: Identified | None, ops: pd.Dat
     return frame.assign(kind=kinds(frame))
 
 
+def labelled(ops: pd.DataFrame, op: np.ndarray, names: np.ndarray) -> pd.DataFrame:
+    """Return op, module, layer, shapes, dtypes, signature, name and kind of kernels by their *op* (row of *ops*)."""
+    frame = pd.DataFrame({**described(ops, op), "name": names})
+    return frame.assign(kind=kinds(frame))
+
+
 def tally_gaps(
     timeline: Timeline, identified: Identified | None, ops: pd.DataFrame, gaps: pd.DataFrame
 ) -> pd.DataFrame:

@@ -134,9 +134,8 @@ def _parts(attribution: Attribution, phase: str, kernel_keys: list[str], gap_key
     rest = {"part": "residual", "name": "residual", "module": "", "launches": np.nan, "duration_ns": 0.0}
     residual_j = np.nan if account.residual_j is None else account.residual_j
     # Kernels that overlap are longer together than the device was busy.
-    overlap_ns = account.busy_s * 1e9 - float(kernels["duration_ns"].sum())
-    latency_ns = account.weight.latency_s.value * 1e9 - max(account.busy_s, 0.0) * 1e9 - account.gap_s.value * 1e9
-    rest |= {"energy_j": residual_j, "low_j": residual_j, "high_j": residual_j, "duration_ns": overlap_ns + latency_ns}
+    rest_ns = (account.weight.latency_s.value - account.gap_s.value) * 1e9 - float(kernels["duration_ns"].sum())
+    rest |= {"energy_j": residual_j, "low_j": residual_j, "high_j": residual_j, "duration_ns": rest_ns}
     rows = pd.concat([rows, pd.DataFrame([rest])], ignore_index=True)
     scale = 1 / tokens(attribution, account)
     keys = ["part", "name", *(["module"] if "module" in kernel_keys else [])]

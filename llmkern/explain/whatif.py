@@ -12,12 +12,13 @@ from scipy.optimize import brentq
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.estimate import Estimate, combine
-from llmkern.attribute.timeline import NONE
+from llmkern.attribute.tally import OP_COLUMNS, labelled
 from llmkern.explain.roofline import roofline
 from llmkern.explain.schedule import Schedule, schedule
 
 ROOF = 0.8
 LEAST_CHANGE = 0.01
+_FUSED = ("quantize", "dequantize", "outlier")
 # One cudaGraphLaunch, as the host sees it.
 GRAPH_LAUNCH_NS = 10_000.0
 # The host's own times can be this many times those that were traced, or else something other than the host differed.
@@ -46,15 +47,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class _Case:
-    """One phase as it was, with what a fix may look at; rows of *kernels* have kind, module, op_index and name."""
+    """One phase as it was, with what a fix may look at; rows of *kernels* are those of tally_kernels."""
 
     phase: str
     kernels: pd.DataFrame
     roof: pd.DataFrame
     plan: Schedule
-    # Per kernel of the schedule.
-    kind: np.ndarray
-    module: np.ndarray
+    # What the kernels of the schedule are (see labelled).
+    planned: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -100,47 +100,43 @@ def captured(plan: Schedule) -> Schedule:
     )
 
 
-def _without(case: _Case, wanted: Callable[[np.ndarray, np.ndarray], np.ndarray], waits: bool) -> _Change | None:
-    """Return the case without the kernels *wanted* by kind and module, and without waits inside forwards or with."""
-    gone = wanted(case.kind, case.module)
-    removable = case.plan.waits & case.plan.inside & (case.module != "")
+def _without(case: _Case, wanted: Callable[[pd.DataFrame], np.ndarray]) -> _Change | None:
+    """Return the case without the kernels *wanted* (of rows with kind and module) and without waits inside modules."""
+    gone = wanted(case.planned)
+    removable = case.plan.waits & case.plan.inside & (case.planned["module"] != "").to_numpy()
     if not gone.any() and not removable.any():
         return None
-    plan = case.plan
-    if not waits:
-        plan = replace(plan, waits=plan.waits & ~removable)
-    rows = wanted(case.kernels["kind"].to_numpy(object), case.kernels["module"].to_numpy(object))
-    return _Change(plan.without(gone), rows, np.ones(len(case.kernels)))
+    plan = replace(case.plan, waits=case.plan.waits & ~removable)
+    return _Change(plan.without(gone), wanted(case.kernels), np.ones(len(case.kernels)))
 
 
 def _syncs(case: _Case) -> _Change | None:
-    return _without(case, lambda kind, _module: kind == "outlier", waits=False)
+    return _without(case, lambda rows: (rows["kind"] == "outlier").to_numpy())
 
 
-def conversions(kind: np.ndarray, module: np.ndarray) -> np.ndarray:
+def conversions(rows: pd.DataFrame) -> np.ndarray:
     """Return which kernels only convert numbers for a product: quantize, dequantize, outliers, casts at its inputs."""
-    linear = np.array([str(name).rpartition(".")[2].endswith("proj") for name in module], bool)
-    return np.isin(kind, ["quantize", "dequantize", "outlier"]) | ((kind == "cast") & linear)
+    at_product = (rows["kind"] == "cast") & rows["module"].str.endswith("proj")
+    found: np.ndarray = (rows["kind"].isin(_FUSED) | at_product).to_numpy()
+    return found
 
 
 def _fused(case: _Case) -> _Change | None:
-    if not np.isin(case.kind, ["quantize", "dequantize", "outlier"]).any():
-        return None
-    return _without(case, conversions, waits=False)
+    return _without(case, conversions) if case.planned["kind"].isin(_FUSED).any() else None
 
 
 def _roof(case: _Case) -> _Change | None:
     if case.roof.empty:
         return None
-    share = case.roof.set_index(["op", "module", "signature"])["roof_share"]
-    keys = pd.MultiIndex.from_frame(case.kernels[["op", "module", "signature"]].astype(str))
-    known = share.reindex(keys).fillna(1.0).to_numpy()
-    factor = np.minimum(1.0, known / ROOF)
-    by_kernel = pd.Series(factor, pd.MultiIndex.from_frame(case.kernels[["op_index", "name_code"]]))
-    by_kernel = by_kernel[~by_kernel.index.duplicated()]
-    own = by_kernel.reindex(pd.MultiIndex.from_arrays([case.plan.op, case.plan.name])).fillna(1.0).to_numpy()
-    plan = replace(case.plan, duration_ns=case.plan.duration_ns * own)
-    return _Change(plan, np.zeros(len(factor), bool), factor)
+    keys = ["op", "module", "signature"]
+    share = case.roof.set_index(keys)["roof_share"]
+
+    def factor(rows: pd.DataFrame) -> np.ndarray:
+        known = share.reindex(pd.MultiIndex.from_frame(rows[keys])).fillna(1.0)
+        return np.minimum(1.0, known.to_numpy() / ROOF)
+
+    plan = replace(case.plan, duration_ns=case.plan.duration_ns * factor(case.planned))
+    return _Change(plan, np.zeros(len(case.kernels), bool), factor(case.kernels))
 
 
 def _fast_host(case: _Case) -> _Change | None:
@@ -236,26 +232,11 @@ def _calibrated(plan: Schedule, account: PhaseAccount) -> Schedule:
 
 def _case(attribution: Attribution, phase: str, plan: Schedule, names: pd.Index) -> _Case:
     kernels = attribution.kernels[attribution.kernels["phase"] == phase]
-    split = attribution.split(phase, ["op_index", "name"]).set_index(["op_index", "name"])
-    keys = pd.MultiIndex.from_frame(kernels[["op_index", "name"]])
-    kernels = kernels.assign(
-        dynamic_j=split["dynamic_j"].reindex(keys).to_numpy(),
-        name_code=names.get_indexer(pd.Index(kernels["name"].astype(str))),
-    )
-    # What was launched in the pass with host calls, looked up in what the kernels of pass time are.
-    known = kernels.drop_duplicates(["op_index", "name_code"]).set_index(["op_index", "name_code"])
-    by_name = kernels.drop_duplicates("name_code").set_index("name_code")
-    own = pd.MultiIndex.from_arrays([plan.op, plan.name])
-
-    def described(column: str) -> np.ndarray:
-        exact = known[column].reindex(own).to_numpy(object)
-        alike = by_name[column].reindex(plan.name).to_numpy(object)
-        # Of a kernel whose operator is not known, the name says the kind but not the module.
-        fallback = alike if column == "kind" else np.full(len(alike), "", object)
-        result: np.ndarray = np.where(pd.isna(exact) | (plan.op == NONE), fallback, exact)
-        return result
-
-    return _Case(phase, kernels, roofline(attribution, phase), plan, described("kind"), described("module"))
+    keys = ["op_index", "name"]
+    dynamic_j = attribution.split(phase, keys).set_index(keys)["dynamic_j"]
+    kernels = kernels.assign(dynamic_j=dynamic_j.reindex(pd.MultiIndex.from_frame(kernels[keys])).to_numpy())
+    planned = labelled(attribution.run.table("ops", OP_COLUMNS), plan.op, names.to_numpy(object)[plan.name])
+    return _Case(phase, kernels, roofline(attribution, phase), plan, planned)
 
 
 def _predicted(fix: Fix, account: PhaseAccount, case: _Case, change: _Change) -> Prediction:

@@ -11,6 +11,7 @@ import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.host import WAITS, HostTrace
+from llmkern.attribute.tally import OP_COLUMNS, labelled
 from llmkern.attribute.timeline import NONE
 from llmkern.explain.compare import Difference
 from llmkern.report.tables import records
@@ -80,14 +81,13 @@ def waterfall(attribution: Attribution, phase: str) -> Spec | None:
             "high_j": account.gap_j.high,
         }
         rows.append({"label": "gaps", "group": "gaps", **ends})
-    kinds = attribution.split(phase, ["kind"]).to_dict("records")
-    rows += [{"label": str(row["kind"]), "group": "kernels", **row} for row in kinds]
-    rows.sort(key=lambda row: -float(row["energy_j"]))
-    rest = rows[_MOST_BARS:]
-    rows = rows[:_MOST_BARS]
-    if rest:
-        sums: dict[str, Any] = {key: sum(float(row[key]) for row in rest) for key in ("energy_j", "low_j", "high_j")}
-        rows.append({"label": f"{len(rest)} others", "group": "kernels", **sums})
+    kinds = attribution.split(phase, ["kind"]).sort_values("energy_j", ascending=False)
+    shown = max(1, _MOST_BARS - len(rows))
+    rows += [{"label": str(row["kind"]), "group": "kernels", **row} for row in kinds.head(shown).to_dict("records")]
+    rest = kinds.iloc[shown:]
+    if len(rest):
+        sums = rest[["energy_j", "low_j", "high_j"]].sum().to_dict()
+        rows.append({"label": f"{len(rest)} other kinds", "group": "kernels", **sums})
     rows.sort(key=lambda row: (_ORDER.index(row["group"]), -float(row["energy_j"])))
     if account.residual_j is not None:
         rows.append({"label": "residual", "group": "residual", "energy_j": account.residual_j})
@@ -114,7 +114,7 @@ def difference(compared: Difference) -> Spec | None:
     if rest:
         rows.append({"part": "", "name": f"{len(rest)} others", "change_j": sum(r["change_j"] for r in rest)})
     at = before.value
-    bars = [{**_bar("before", "whole", 0.0, at, at, before.low, before.high)}]
+    bars = [_bar("before", "whole", 0.0, at, at, before.low, before.high)]
     for row in rows:
         change_j = float(row["change_j"])
         half = (float(row.get("high_j", np.nan)) - float(row.get("low_j", np.nan))) / 2
@@ -317,12 +317,7 @@ def _median_token(trace: HostTrace) -> np.ndarray | None:
 def _kinds(attribution: Attribution, trace: HostTrace, rows: np.ndarray) -> np.ndarray:
     op = trace.identified.op[rows] if trace.identified is not None else np.full(len(rows), NONE)
     names = trace.timeline.kernels["name"].iloc[rows].astype(str).to_numpy(object)
-    known = attribution.kernels.drop_duplicates(["op_index", "name"]).set_index(["op_index", "name"])["kind"]
-    by_name = attribution.kernels.drop_duplicates("name").set_index("name")["kind"]
-    exact = known.reindex(pd.MultiIndex.from_arrays([op, names])).to_numpy(object)
-    alike = by_name.reindex(names).fillna("other").to_numpy(object)
-    result: np.ndarray = np.where(pd.isna(exact), alike, exact)
-    return result
+    return labelled(attribution.run.table("ops", OP_COLUMNS), op, names)["kind"].to_numpy(object)
 
 
 def _coloured(field: str, values: Iterable[str], legend: Any) -> Any:
@@ -334,7 +329,7 @@ def _coloured(field: str, values: Iterable[str], legend: Any) -> Any:
 def _power(attribution: Attribution, begin_ns: int, end_ns: int) -> list[dict[str, Any]] | None:
     power = attribution.run.table("power", ["timestamp_ns", "sensor", "power_mw", "device"])
     samples = power[(power["sensor"] == "samples") & (power["device"] == attribution.device)]
-    near = samples[samples["timestamp_ns"].between(begin_ns - 30_000_000, end_ns + 30_000_000)].sort_values(
+    near = samples[samples["timestamp_ns"].between(begin_ns - _MARGIN_NS, end_ns + _MARGIN_NS)].sort_values(
         "timestamp_ns"
     )
     if len(near) < 2:

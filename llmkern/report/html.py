@@ -23,7 +23,9 @@ from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference, compare, tokens
 from llmkern.explain.finding import Finding, share_of
 from llmkern.report import charts
+from llmkern.report.difference import signed
 from llmkern.report.tables import run_tables
+from llmkern.report.why import price
 from llmkern.text import count, quantity, short_name, with_interval
 
 _ROWS = 60
@@ -138,7 +140,8 @@ def _against(baseline: Attribution | None, compared: list[Difference]) -> str:
     if first.before_j is None or first.after_j is None:
         return f"Per token {first.after_s.value / first.before_s.value:.2f} times the time of {name} in {first.phase}."
     parts = [
-        f"{row['change_j']:+.2f} J {'in gaps before' if row['part'] == 'gaps' else 'in'} {row['name']} kernels"
+        f"{signed(Estimate(row['change_j'], row['low_j'], row['high_j']), 'J')} "
+        f"{'in gaps before' if row['part'] == 'gaps' else 'in'} {row['name']} kernels"
         for row in first.work.head(4).to_dict("records")
     ]
     return (
@@ -167,15 +170,8 @@ def _tile(estimate: Estimate, unit: str, label: str) -> dict[str, str]:
 
 
 def _finding(finding: Finding, attribution: Attribution) -> dict[str, Any]:
-    account = attribution.accounts[finding.phase]
-    share = share_of(account, finding.energy_j, finding.time_s)
-    price = f"{finding.phase}, per {finding.unit}:"
-    if finding.energy_j is not None:
-        price += f" {with_interval(finding.energy_j, 'J')}, {share:.0%}."
-    elif finding.time_s is not None:
-        price += f" {quantity(finding.time_s, 's')}, {share:.0%} of the time."
     told = {name: getattr(finding, name) for name in ("claim", "formula", "assumption", "next_step")}
-    return {"price": price, **told, "evidence": _frame(finding.evidence)}
+    return {"price": price(finding, attribution.accounts[finding.phase]), **told, "evidence": _frame(finding.evidence)}
 
 
 def _predictions(explanation: Explanation, phase: str) -> str:

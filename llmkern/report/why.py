@@ -27,12 +27,13 @@ def print_findings(explanation: Explanation, console: Console) -> None:
         chosen = [f for f in explanation.findings if f.phase == phase]
         for finding in chosen[:most]:
             account = explanation.attribution.accounts[phase]
-            line = Text("• ").append(_price(finding, account), style="bold").append(f" {finding.claim}")
+            line = Text("• ").append(price(finding, account), style="bold").append(f" {finding.claim}")
             line.append(f" Next: {finding.next_step}.", style="dim")
             console.print(Padding(line, (0, 0, 0, 2)), highlight=False)
 
 
-def _price(finding: Finding, account: PhaseAccount) -> str:
+def price(finding: Finding, account: PhaseAccount) -> str:
+    """Return of what and how much a finding is: phase, unit, joules or time, and the share that they are."""
     where = f"{finding.phase}, per {finding.unit}"
     share = share_of(account, finding.energy_j, finding.time_s)
     if finding.energy_j is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from llmkern.attribute.attribution import attribute
@@ -54,9 +55,7 @@ def test_bf16_has_no_dequantization_to_fuse() -> None:
 def test_only_conversions_at_a_products_inputs_are_fused() -> None:
     kinds = ["cast", "cast", "dequantize", "gemm", "outlier"]
     modules = ["model.layers.*.mlp.up_proj", "model.layers.*.input_layernorm", "", "model.layers.*.mlp.up_proj", ""]
-    import numpy as np
-
-    assert conversions(np.array(kinds), np.array(modules)).tolist() == [True, False, True, False, True]
+    assert conversions(pd.DataFrame({"kind": kinds, "module": modules})).tolist() == [True, False, True, False, True]
 
 
 def test_without_energy_latency_is_predicted_and_without_host_calls_nothing(tmp_path: Path) -> None:
