@@ -14,6 +14,7 @@ from llmkern.explain.findings import FINDINGS, findings
 from llmkern.explain.findings.padding import padding
 from llmkern.explain.findings.power_cap import power_cap
 from llmkern.explain.findings.recorder_effect import recorder_effect
+from llmkern.explain.roofline import roofline
 from tests.recorded import recorded, recorded_run
 from tests.synthetic import synthetic_run
 
@@ -45,6 +46,14 @@ def test_launches_per_layer_are_those_in_the_records() -> None:
     rows = found.timeline.kernels
     short = ((rows["end_ns"] - rows["start_ns"]) < 5_000)[rows["phase"] == "decode"].mean()
     assert f"{short:.0%} of" in named("fragmentation", found).claim
+
+
+def test_a_low_roof_is_told_in_the_unit_of_what_bounds_it() -> None:
+    found = recorded("int8")
+    for phase, unit in (("decode", "TB/s"), ("prefill", "TFLOP/s")):
+        claim = named("low_roof", found, phase).claim
+        assert roofline(found, phase).iloc[0]["bound"] == ("memory" if unit == "TB/s" else "compute")
+        assert f" {unit})." in claim
 
 
 def test_int8_is_explained_by_its_conversions_and_bf16_is_not() -> None:

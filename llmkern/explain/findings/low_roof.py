@@ -28,8 +28,7 @@ def low_roof(attribution: Attribution) -> list[Finding]:
         where = f"{operator_name(first['op'])} in {first['module'] or 'the model'}"
         rate = f"{first['bytes_per_s'] / 1e12:.2f} TB/s"
         if first["bound"] == "compute":
-            where = f"{operator_name(first['op'])} in {first['module'] or 'the model'}"
-        rate = f"{first['flops_per_s'] / 1e12:.0f} TFLOP/s"
+            rate = f"{first['flops_per_s'] / 1e12:.0f} TFLOP/s"
         launches = own.rename(columns={"kernels": "launches"})
         found.append(
             Finding(
