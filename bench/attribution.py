@@ -294,7 +294,9 @@ def main() -> None:
                 time.sleep(0.5)
                 known = truth(generation, loaded.model, meters, plant, work, arguments.rounds)
             annotator.drain()
-            cases.append(compare(plant, known, guessed, parameters))
+            # With these a case can be judged again from its kept run folder, without the device.
+            again = {"run": path.name, "operators": signatures_of(work), "calls": planted.calls_per_step}
+            cases.append(compare(plant, known, guessed, parameters | again))
             write("attribution", cases, arguments.results)
 
 

@@ -15,6 +15,8 @@ CAUSES = ("token_boundary", "profiler", "sync_stall", "launch_bound", "dependenc
 LATENCY_NS = 20_000
 # Calls that may hold the host up until the device has done something.
 _BLOCKING = re.compile(r"Synchronize|Memcpy|Malloc|MemAlloc|Free")
+# The part of a gap that gives it its name.
+_LONGER = 0.5
 # CUPTI's own work explains a gap that it covers by half.
 _PROFILER_SHARE = 0.5
 
@@ -25,8 +27,8 @@ def gap_causes(timeline: Timeline, launches: pd.DataFrame, overheads: pd.DataFra
     In this order: ``token_boundary`` (between two forwards: sampling, stopping criteria, preparing the next),
     ``profiler`` (CUPTI was at work), ``sync_stall`` (the host was blocked in a synchronisation, a read-back or an
     allocation when the device ran dry), ``launch_bound`` (the kernel was issued only after that), ``dependency`` (it
-    was queued in time but waited for another stream), ``launch_latency`` (queued in time, hardware start-up). A kernel
-    whose launch was not recorded leaves ``unknown``.
+    was queued, but waited for another stream during the longer part of the gap), ``launch_latency`` (queued in time,
+    hardware start-up). A kernel whose launch was not recorded leaves ``unknown``.
     """
     gaps, kernels = timeline.gaps, timeline.kernels
     if gaps.empty:
@@ -38,13 +40,18 @@ def gap_causes(timeline: Timeline, launches: pd.DataFrame, overheads: pd.DataFra
     dry_ns, duration_ns = gaps["start_ns"].to_numpy(), gaps["duration_ns"].to_numpy()
     issue_start = np.append(calls["start_ns"].to_numpy(), 0)[issued_by]
     api = _blocking(calls, dry_ns, issue_start)
-    late = np.append(calls["end_ns"].to_numpy(), 0)[issued_by] > dry_ns
+    issued_ns = np.append(calls["end_ns"].to_numpy(), 0)[issued_by]
+    # What follows within a CUDA graph was issued with its first kernel.
+    launched = kernels["correlation_id"].to_numpy()
+    late = (issued_ns > dry_ns) & (launched[ended_by] != launched[ended_by - 1])
+    # Issued and yet not begun: the rest of the gap. Where it is the longer part it is the cause.
+    held_ns = duration_ns - np.clip(np.where(late, issued_ns, 0) - dry_ns, 0, None)
     # From the weakest claim to the strongest: the later overrides.
     cause = np.full(len(gaps), CAUSES.index("launch_latency"), np.int8)
     for name, holds in (
-        ("dependency", duration_ns > LATENCY_NS),
         ("launch_bound", late),
         ("sync_stall", late & (api.codes >= 0)),
+        ("dependency", (held_ns > LATENCY_NS) & (held_ns > _LONGER * duration_ns)),
         ("unknown", ~recorded),
         ("profiler", _covered(overheads, dry_ns, duration_ns)),
         ("token_boundary", _at_boundary(kernels, timeline.forwards, ended_by, issue_start, recorded)),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -38,26 +39,28 @@ def record_passes(
 ) -> None:
     """Record every pass that *options* ask for into *writer*; raises LlmkernError where one cannot go on."""
     meters = device.meters()
+    took_s: dict[str, float] = {}
     with ExitStack() as stack:
         for meter in meters:
             meter.start()
             stack.callback(meter.stop)
         if meters and device.kind == "cuda":
-            with stages.stage("Testing the sensors", CYCLES) as advance:
+            with _timed("selftest", took_s), stages.stage("Testing the sensors", CYCLES) as advance:
                 _test_sensors(device, annotator, meters, writer, advance)
-        with stages.stage("Warming up", options.warmup) as advance:
+        with _timed("warmup", took_s), stages.stage("Warming up", options.warmup) as advance:
             prefill_s, generate_s = warm_up(generation, options.warmup, options.new_tokens, advance)
         annotator.drain()
         # Without a sensor there is no tick to be long against.
         shortest_s = SHORTEST_WINDOW_S if meters else 0.0
         plan = plan_windows(options.repeats, options.new_tokens, prefill_s, generate_s, shortest_s)
-        cost = _weigh(generation, annotator, meters, writer, stages, plan)
+        with _timed("weigh", took_s):
+            cost = _weigh(generation, annotator, meters, writer, stages, plan)
         writer.write_facts(plan=asdict(plan), own_cost=cost)
         # On the CPU an operator is its own host call.
         passes = {"calls": 1} if device.kind == "cuda" else {}
         passes["time"] = options.trace_repeats
         facts = []
-        with stages.stage("Timing", sum(passes.values())) as advance:
+        with _timed("time", took_s), stages.stage("Timing", sum(passes.values())) as advance:
             for name, repeats in passes.items():
                 facts.append(
                     record_timeline(
@@ -73,11 +76,20 @@ def record_passes(
                     )
                 )
         writer.write_facts(recorder=_together(facts), sensors={meter.name: meter.facts() for meter in meters})
-        with stages.stage("Inspecting"):
+        with _timed("inspect", took_s), stages.stage("Inspecting"):
             writer.write_facts(inspected=inspect(device, generation, model, annotator, writer))
         if meters and not options.quick:
             key = None if options.no_cache else replay_cache.cache_key(writer.facts["device"], environment.versions())
-            _replay(device, generation, model, annotator, meters, writer, stages, key)
+            with _timed("replay", took_s):
+                _replay(device, generation, model, annotator, meters, writer, stages, key)
+    writer.write_facts(pass_s=took_s)
+
+
+@contextmanager
+def _timed(name: str, into: dict[str, float]) -> Iterator[None]:
+    begin_s = time.monotonic()
+    yield
+    into[name] = time.monotonic() - begin_s
 
 
 def _test_sensors(

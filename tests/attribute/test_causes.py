@@ -140,6 +140,21 @@ def test_kernels_of_one_graph_follow_each_other_by_latency() -> None:
     assert list(trace.causes()["cause"]) == ["launch_latency"]
 
 
+def test_a_graph_may_begin_before_its_launch_call_is_back() -> None:
+    trace = Trace()
+    trace.launch(0, 20, 30, call=100)
+    trace.kernels += [{**trace.kernels[0], "start_ns": 31, "end_ns": 40}]
+    assert list(trace.causes()["cause"]) == ["launch_latency"]
+
+
+@pytest.mark.parametrize(("issue", "cause"), [(300, "dependency"), (700, "launch_bound")])
+def test_of_a_late_kernel_that_is_held_back_as_well_the_longer_part_is_the_cause(issue: float, cause: str) -> None:
+    trace = Trace()
+    trace.launch(0, 6, 20)
+    trace.launch(issue, 950, 960, stream=8)
+    assert list(trace.causes()["cause"]) == [cause]
+
+
 def test_what_cupti_covers_is_its_own_and_an_unrecorded_launch_is_unknown() -> None:
     trace = Trace()
     trace.launch(0, 6, 20)
