@@ -32,6 +32,7 @@ from bench.workload import generation_of
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
+from llmkern.record.cuda import cupti_candidates, native
 from llmkern.record.device import Device, KernelRecorder
 from llmkern.record.pump import Pump, Source
 from llmkern.record.timing import flushed, ranges
@@ -54,14 +55,20 @@ Condition = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Switched:
-    """Token times in ms with a part off and on, one row per four blocks."""
+    """Token times in ms with a part off and on, one row per four blocks, and what of them the launching thread ran."""
 
     off_ms: np.ndarray
     on_ms: np.ndarray
+    off_cpu_ms: np.ndarray
+    on_cpu_ms: np.ndarray
 
     def effect(self) -> Estimate:
         """Return by how much of itself the median token time of four blocks grew."""
         return from_samples((np.median(self.on_ms, axis=1) / np.median(self.off_ms, axis=1) - 1).tolist())
+
+    def cpu(self) -> Estimate:
+        """Return by how much of itself the median CPU time a token grew, of four blocks each."""
+        return from_samples((np.median(self.on_cpu_ms, axis=1) / np.median(self.off_cpu_ms, axis=1) - 1).tolist())
 
     def undisturbed(self, draws: int = 2000) -> Estimate:
         """Return by how much of itself the token time grew that one in ten stays under; rows are drawn anew.
@@ -73,6 +80,16 @@ class Switched:
         on, off = (np.quantile(t[rows].reshape(len(rows), -1), QUICKEST, axis=1) for t in (self.on_ms, self.off_ms))
         low, high = np.quantile(on[1:] / off[1:] - 1, (0.025, 0.975))
         return Estimate(float(on[0] / off[0] - 1), float(low), float(high))
+
+
+@contextmanager
+def running(bare: Any) -> Iterator[None]:
+    """The least client of CUPTI at work."""
+    bare.start()
+    try:
+        yield
+    finally:
+        bare.stop()
 
 
 def per_launch(device: Device, condition: Condition, quads: int, launches: int) -> tuple[Estimate, float]:
@@ -126,14 +143,15 @@ class Bench:
     def switched(self, condition: Condition, quads: int, block: int) -> Switched:
         """Decode 4 x *quads* blocks of *block* tokens and switch *condition* between them."""
         times_ms: list[float] = []
+        cpu_ms: list[float] = []
         active = ExitStack()
         is_on = False
-        begin_s = 0.0
+        begin_s = begin_cpu_s = 0.0
 
         def after_forward(*_: object) -> None:
-            nonlocal begin_s, is_on
-            end_s = time.perf_counter()
-            times_ms.append((end_s - begin_s) * 1e3)
+            nonlocal begin_s, begin_cpu_s, is_on
+            times_ms.append((time.perf_counter() - begin_s) * 1e3)
+            cpu_ms.append((time.thread_time() - begin_cpu_s) * 1e3)
             # The first forward is the prefill, which belongs to no block.
             token = len(times_ms) - 1
             if token % block == 0:
@@ -143,7 +161,7 @@ class Bench:
                 elif is_on and not wanted:
                     active.close()
                 is_on = wanted
-            begin_s = time.perf_counter()
+            begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
 
         hook = self._model.register_forward_hook(after_forward)
         try:
@@ -151,14 +169,17 @@ class Bench:
                 self.generate(1 + 4 * quads * block)
         finally:
             hook.remove()
-        # [quad, block of four, tokens without the first ones]
-        blocks = np.asarray(times_ms[1 : 1 + 4 * quads * block]).reshape(quads, 4, block)[:, :, SETTLING:]
         on = np.asarray(PATTERN)
-        return Switched(blocks[:, ~on].reshape(quads, -1), blocks[:, on].reshape(quads, -1))
+        found = []
+        for values in (times_ms, cpu_ms):
+            # [quad, block of four, tokens without the first ones]
+            blocks = np.asarray(values[1 : 1 + 4 * quads * block]).reshape(quads, 4, block)[:, :, SETTLING:]
+            found += [blocks[:, ~on].reshape(quads, -1), blocks[:, on].reshape(quads, -1)]
+        return Switched(*found)
 
     @contextmanager
     def recorded(self, recorder: KernelRecorder, *, host_calls: bool) -> Iterator[None]:
-        """A recorder alone: no ranges per layer, nothing written."""
+        """What pass time adds to every launch; nothing is written."""
         recorder.start(host_calls=host_calls)
         try:
             yield
@@ -167,9 +188,9 @@ class Bench:
             recorder.drain()
 
     @contextmanager
-    def timed(self, recorder: KernelRecorder, *, host_calls: bool) -> Iterator[None]:
-        """What passes time and calls add to every launch: recorder and ranges per layer."""
-        with self.recorded(recorder, host_calls=host_calls), self.generation.layers_annotated():
+    def called(self, recorder: KernelRecorder) -> Iterator[None]:
+        """What pass calls adds to every launch: host calls as well, and ranges per layer."""
+        with self.recorded(recorder, host_calls=True), self.generation.layers_annotated():
             yield
         self.annotator.drain()
 
@@ -188,7 +209,6 @@ class Bench:
             if tracing:
                 recorder.start(host_calls=False)
                 stack.callback(recorder.stop)
-                stack.enter_context(self.generation.layers_annotated())
                 sources.append(lambda: flushed(recorder, "time"))
             pump = stack.enter_context(Pump(self._writer, sources))
             cost = OwnCost(pump, meters)
@@ -249,16 +269,18 @@ def main() -> None:
         name: str, condition: Condition, limit: float | None = None, quads: int = arguments.quads, more: float = 0.0
     ) -> None:
         found = bench.switched(condition, quads, arguments.block)
-        effect, undisturbed = found.effect(), found.undisturbed()
+        effect, undisturbed, cpu = found.effect(), found.undisturbed(), found.cpu()
         metrics = {
             "effect": metric(effect, "1"),
             "effect_undisturbed": metric(undisturbed, "1"),
+            "effect_on_cpu_time": metric(cpu, "1"),
             "off_per_token": metric(float(np.median(found.off_ms)), "ms", found.off_ms.ravel().tolist()),
             "on_per_token": metric(float(np.median(found.on_ms)), "ms", found.on_ms.ravel().tolist()),
         }
         text = f"{effect.value:+7.2%} [{effect.low:+.2%}, {effect.high:+.2%}] "
         text += f"{np.median(found.off_ms):.1f} -> {np.median(found.on_ms):.1f} ms/token"
         text += f", undisturbed {undisturbed.value:+.2%} [{undisturbed.low:+.2%}, {undisturbed.high:+.2%}]"
+        text += f", CPU {cpu.value:+.2%} [{cpu.low:+.2%}, {cpu.high:+.2%}]"
         if more:
             metrics["with_own_threads"] = metric(effect.value + more, "1")
             text += f", with its own threads {effect.value + more:+.2%}"
@@ -268,16 +290,17 @@ def main() -> None:
     weigh_share = bench.own_share(tracing=False, seconds=arguments.seconds)
     metrics = {"own_threads": metric(weigh_share, "1")}
     say("weigh: own threads", f"{weigh_share:+7.2%}", metrics, WEIGH_LIMIT, weigh_share)
-    recorder = bench.device.recorder()
-    measure("kernel records", lambda: bench.recorded(recorder, host_calls=False))
     if cuda:
+        bare = native().testing.BareCupti(cupti_candidates())
+        measure("CUPTI's kernel records alone", lambda: running(bare))
         _launches(bench, say)
+    recorder = bench.device.recorder()
     time_share = bench.own_share(tracing=True, seconds=arguments.seconds)
     metrics = {"own_threads": metric(time_share, "1")}
     say("time: own threads", f"{time_share:+7.2%}", metrics, None, time_share)
-    measure("time", lambda: bench.timed(recorder, host_calls=False), TIME_LIMIT, more=time_share)
+    measure("time", lambda: bench.recorded(recorder, host_calls=False), TIME_LIMIT, more=time_share)
     if cuda:
-        measure("calls", lambda: bench.timed(recorder, host_calls=True))
+        measure("calls", lambda: bench.called(recorder))
     # Last: torch.profiler keeps CUPTI once it has it.
     few = max(2, arguments.quads // 4)
     measure("torch.profiler, GPU", lambda: profile(activities=gpu), quads=few)

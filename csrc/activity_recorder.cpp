@@ -48,8 +48,8 @@ void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
     size_t size = sizeof(uint8_t);
     uint8_t zeroed = 1;
     api_.set_attribute(CUPTI_ACTIVITY_ATTR_ZEROED_OUT_ACTIVITY_BUFFER, &size, &zeroed);
-    // Thread ids of the operating system, so that launches and ranges name the same thread.
-    api_.set_thread_id_type(CUPTI_ACTIVITY_THREAD_ID_TYPE_SYSTEM);
+    // Thread ids of the operating system, so that launches and ranges name the same thread. Kernels name none.
+    if (host_calls) api_.set_thread_id_type(CUPTI_ACTIVITY_THREAD_ID_TYPE_SYSTEM);
     // No timestamp callback: on CUPTI 12.6-13.0 it can lose kernel times, and the default clock is already ours.
     api_.check(api_.register_callbacks(&on_buffer_requested, &on_buffer_completed), "register its buffers");
     start_decoder();

@@ -3,11 +3,16 @@
 #include <cupti.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "cupti_api.h"
 
 namespace py = pybind11;
 
@@ -112,6 +117,61 @@ py::bytes overhead_records(const Int64s& start_ns, const Int64s& end_ns, int kin
                                         });
 }
 
+// The least that a client of CUPTI can do: record kernels and throw them away. What this costs a launch, every recorder
+// of kernels costs.
+class BareCupti {
+ public:
+  BareCupti(const std::vector<std::string>& candidates, const std::string& library) : api_(candidates, library) {}
+
+  void start() {
+    // Buffers that are zeroed off the launching thread, as CUPTI advises.
+    size_t size = sizeof(uint8_t);
+    uint8_t zeroed = 1;
+    api_.set_attribute(CUPTI_ACTIVITY_ATTR_ZEROED_OUT_ACTIVITY_BUFFER, &size, &zeroed);
+    api_.check(api_.register_callbacks(&requested, &completed), "register its buffers");
+    api_.check(api_.enable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL), "record kernels");
+  }
+
+  void stop() {
+    api_.disable(CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL);
+    api_.flush_all(CUPTI_ACTIVITY_FLAG_FLUSH_FORCED);
+  }
+
+  static int64_t bytes() { return bytes_; }
+
+ private:
+  static constexpr size_t kBufferBytes = 1 << 20;
+
+  static void requested(uint8_t** buffer, size_t* size, size_t* max_records) noexcept {
+    std::lock_guard<std::mutex> lock(mutex_);
+    *max_records = 0;
+    *size = kBufferBytes;
+    if (free_.empty()) {
+      *buffer = static_cast<uint8_t*>(std::calloc(kBufferBytes, 1));
+    } else {
+      *buffer = free_.back();
+      free_.pop_back();
+    }
+  }
+
+  static void completed(CUcontext, uint32_t, uint8_t* buffer, size_t, size_t valid) noexcept {
+    bytes_ += static_cast<int64_t>(valid);
+    std::memset(buffer, 0, valid);
+    std::lock_guard<std::mutex> lock(mutex_);
+    try {
+      free_.push_back(buffer);
+    } catch (...) {
+      std::free(buffer);
+    }
+  }
+
+  static inline std::mutex mutex_;
+  static inline std::vector<uint8_t*> free_;
+  static inline std::atomic<int64_t> bytes_{0};
+
+  CuptiApi api_;
+};
+
 }  // namespace
 
 void bind_testing(py::module_& parent) {
@@ -125,6 +185,12 @@ void bind_testing(py::module_& parent) {
   m.def("memset_records", &memset_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("bytes"));
   m.def("overhead_records", &overhead_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("kind"),
         py::arg("thread") = 1);
+  py::class_<BareCupti>(m, "BareCupti", "Kernel records by CUPTI and nothing else, for benches.")
+      .def(py::init<const std::vector<std::string>&, const std::string&>(), py::arg("candidates") = std::vector<std::string>{},
+           py::arg("library") = "")
+      .def("start", &BareCupti::start)
+      .def("stop", &BareCupti::stop, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("bytes", [](const BareCupti&) { return BareCupti::bytes(); });
 }
 
 }  // namespace llmkern

@@ -73,6 +73,7 @@ def record_passes(
                         new_tokens=options.new_tokens,
                         repeats=repeats,
                         advance=advance,
+                        layers=name == next(iter(passes)),
                     )
                 )
         writer.write_facts(recorder=_together(facts), sensors={meter.name: meter.facts() for meter in meters})

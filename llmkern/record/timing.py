@@ -1,12 +1,14 @@
-"""Passes *calls* and *time*: the timeline of every kernel and copy, with ranges down to the layers.
+"""Passes *calls* and *time*: the timeline of every kernel and copy, with ranges of phases and tokens.
 
-Pass *calls* records one generation with the host calls behind it, which is what a gap's cause is read from. They cost
-the launching thread about as much as the kernels' records do, so pass *time*, from which times are taken, goes without.
+Pass *calls* records one generation with ranges of the layers and the host calls behind the kernels, which is what a
+gap's cause is read from. They cost the launching thread about as much as the kernels' records do, so pass *time*, from
+which times are taken, goes without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from llmkern.record.annotate import Annotator, columns
@@ -27,10 +29,12 @@ def record_timeline(
     new_tokens: int,
     repeats: int,
     advance: Callable[[], None],
+    layers: bool = True,
 ) -> dict[str, Any]:
     """Record *repeats* generations of *new_tokens* tokens and return what the recorder says of itself.
 
-    Host calls are recorded in pass ``calls`` only. Raises DeviceError when another profiler holds the device.
+    Host calls are recorded in pass ``calls`` only, ranges of the layers with *layers*. Raises DeviceError when another
+    profiler holds the device.
     """
     recorder = device.recorder()
     recorder.start(host_calls=pass_name == "calls")
@@ -42,7 +46,7 @@ def record_timeline(
         annotator.drain()
         sources = [lambda: flushed(recorder, pass_name), lambda: ranges(annotator, pass_name)]
         with Pump(writer, [*sources, *(meter.drain for meter in meters)]) as pump:
-            with generation.layers_annotated():
+            with generation.layers_annotated() if layers else nullcontext():
                 for repeat in range(repeats):
                     annotator.repeat = repeat
                     generation(new_tokens)
