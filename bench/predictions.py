@@ -69,9 +69,10 @@ def checked(name: str, difference: Difference) -> dict[str, Any]:
     told = ", ".join(f"{error:+.1%}" for error in errors)
     print(f"{name}, {made.name}, {difference.phase}: predicted over measured {told}", flush=True)
     passed = all(abs(error) <= BAR for error in errors)
-    # What is predicted of prefill is of another kind: only decode is captured, and only it has a bar.
+    # --engine graph leaves the prefill as it is: there is nothing that the prediction could be held against.
+    untouched = made.name == "graph" and difference.phase == "prefill"
     bar = passed if difference.phase == "decode" else None
-    note = "" if passed else f"off by {told}"
+    note = "the run with the fix does not capture its prefill" if untouched else "" if passed else f"off by {told}"
     return case(f"{name}, {made.name}, {difference.phase}", {"fix": made.name, "per": made.unit}, metrics, bar, note)
 
 

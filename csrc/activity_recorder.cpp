@@ -41,7 +41,7 @@ void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
   active = this;
   buffer_bytes_ = (buffer_bytes + kAlignment - 1) / kAlignment * kAlignment;
   try {
-    // CUPTI serves one subscriber per process. Holding the slot is what finds another profiler, which the activity
+    // CUPTI serves one subscriber per process. Asking for the slot is what finds another profiler, which the activity
     // functions alone would silently fight over buffers with.
     api_.check(api_.subscribe(&subscriber_, reinterpret_cast<CUpti_CallbackFunc>(&CallTracer::on_call), &calls_),
                "be subscribed to");
@@ -53,7 +53,12 @@ void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
     // No timestamp callback: on CUPTI 12.6-13.0 it can lose kernel times, and the default clock is already ours.
     api_.check(api_.register_callbacks(&on_buffer_requested, &on_buffer_completed), "register its buffers");
     start_decoder();
-    enable_all();
+    if (!host_calls) {
+      // A subscriber without callbacks has nothing to gain and may cost launches something.
+      api_.unsubscribe(subscriber_);
+      subscriber_ = nullptr;
+    }
+    enable_all(host_calls);
     if (host_calls) calls_.enable(subscriber_);
   } catch (...) {
     disable_all();
@@ -64,14 +69,15 @@ void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
   running_ = true;
 }
 
-void ActivityRecorder::enable_all() {
-  const std::pair<CUpti_ActivityKind, const char*> kinds[] = {
+void ActivityRecorder::enable_all(bool host_calls) {
+  std::vector<std::pair<CUpti_ActivityKind, const char*>> kinds = {
       {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, "record kernels"},
       {CUPTI_ACTIVITY_KIND_MEMCPY, "record copies"},
       {CUPTI_ACTIVITY_KIND_MEMCPY2, "record peer copies"},
       {CUPTI_ACTIVITY_KIND_MEMSET, "record memsets"},
-      {CUPTI_ACTIVITY_KIND_OVERHEAD, "record its own overhead"},
   };
+  // It is a cause of gaps, and causes are read beside host calls.
+  if (host_calls) kinds.emplace_back(CUPTI_ACTIVITY_KIND_OVERHEAD, "record its own overhead");
   for (const auto& [kind, what] : kinds) {
     api_.check(api_.enable(kind), what);
     enabled_.push_back(kind);

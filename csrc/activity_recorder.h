@@ -46,7 +46,7 @@ class ActivityRecorder {
   static void CUPTIAPI on_buffer_completed(CUcontext context, uint32_t stream, uint8_t* buffer, size_t size,
                                            size_t valid) noexcept;
 
-  void enable_all();
+  void enable_all(bool host_calls);
   void disable_all() noexcept;
   uint8_t* take_buffer(size_t* size);
   void give_buffer(uint8_t* data, size_t used, size_t capacity);

@@ -46,9 +46,13 @@ RULES = (
     Rule("gemm", op=r"int8_.*(linear|mm)", name=r"gemm_s8|i16832gemm|igemm|imma"),
     Rule("dequantize", op=r"int8_.*mm", name=r"kdequant_mm"),
     Rule("dequantize", op=r"int8_(mm_|vectorwise_)?dequant"),
+    # The product leaves in fp16 and is cast to the type of its input; then comes the bias.
+    Rule("cast", op=r"int8_(mixed_)?scaled_mm", name=r"direct_copy_kernel"),
+    Rule("elementwise", op=r"int8_(mixed_)?scaled_mm", name=r"CUDAFunctor_add"),
     Rule("outlier", op=r"int8_(mixed_)?scaled_mm"),
-    # NF4 and FP4: one fused kernel for one row, dequantize and product for more.
-    Rule("gemv", op=r"bitsandbytes\.(gemm|gemv)_4bit", name=r"gemm_4bit|gemv_4bit"),
+    # NF4 and FP4: one fused kernel for few rows, dequantize and product for more.
+    Rule("gemv", op=r"bitsandbytes\.(gemm|gemv)_4bit", shapes=_ONE_ROW, name=r"gemm_4bit|gemv_4bit"),
+    Rule("gemm", op=r"bitsandbytes\.(gemm|gemv)_4bit", name=r"gemm_4bit|gemv_4bit"),
     Rule("dequantize", op=r"bitsandbytes\..*4bit", name=r"[dD]equantize"),
     Rule("gemm", op=r"bitsandbytes\.(gemm|gemv)_4bit"),
     Rule("quantize", op=r"bitsandbytes\.quantize"),

@@ -76,6 +76,8 @@ def roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     sums = rows.groupby(keys, sort=False)[["calls", "moved_bytes", "flops"]].sum()
     longest = rows.sort_values("duration_ns", ascending=False).drop_duplicates(keys).set_index(keys)
     frame = frame.join(sums, on=keys).join(longest[["kind", "dtypes"]], on=keys)
+    # What a CUDA graph of the model's own moves and computes is not known.
+    frame = frame[(frame["moved_bytes"] > 0) | (frame["flops"] > 0)]
     seconds = frame["duration_ns"] / 1e9
     rate = frame["dtypes"].map(lambda text: limits.flops.get(_compute_dtype(str(text)), np.inf))
     by_bytes_s, by_flops_s = frame["moved_bytes"] / limits.bytes_per_s, frame["flops"] / rate

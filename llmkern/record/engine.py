@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ class CapturedDecode:
         self._forward = forward
         self._capture = capture
         self._launch: Launch | None = None
+        self._step: Launch | None = None
+        self._launches = True
         self._inputs: dict[tuple[str, ...], torch.Tensor] = {}
         self._seen = False
 
@@ -55,8 +58,9 @@ class CapturedDecode:
         if self._launch is None:
             self._inputs = {path: tensor.clone() for path, tensor in tensors.items()}
             own = _replaced(arguments, self._inputs)
+            self._step = lambda: self._forward(**own)
             try:
-                self._launch = self._capture(lambda: self._forward(**own))
+                self._launch = self._capture(self._step)
             except RuntimeError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise DeviceError(
@@ -67,7 +71,16 @@ class CapturedDecode:
             return self._forward(**arguments)
         for path, tensor in tensors.items():
             self._inputs[path].copy_(tensor)
-        return self._launch()
+        return self._launch() if self._launches or self._step is None else self._step()
+
+    @contextmanager
+    def taken_apart(self) -> Iterator[None]:
+        """Run for the time what was captured instead of launching the graph: the same kernels, operator by operator."""
+        self._launches = False
+        try:
+            yield
+        finally:
+            self._launches = True
 
 
 def static_cache(config: PretrainedConfig, prompt_tokens: int, new_tokens: int) -> StaticCache:
@@ -85,6 +98,11 @@ def use_graph(model: Any, prompt_tokens: int, new_tokens: int) -> StaticCache:
     """Make *model* decode from a CUDA graph and return the cache that it must be given."""
     model.forward = CapturedDecode(model.forward)
     return static_cache(model.config, prompt_tokens, new_tokens)
+
+
+def taken_apart(model: Any) -> AbstractContextManager[None]:
+    """Let *model* run its decode steps operator by operator for the time, if they come from a graph."""
+    return model.forward.taken_apart() if isinstance(model.forward, CapturedDecode) else nullcontext()
 
 
 def _tensors(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], torch.Tensor]:

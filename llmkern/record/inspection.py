@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmkern.record.annotate import Annotator, columns
 from llmkern.record.device import Device
+from llmkern.record.engine import taken_apart
 from llmkern.record.generation import Generation
 from llmkern.record.graphs import OPERATOR, graph_signature, launches_seen
 from llmkern.record.operators import computes, copied, describe, flops, may_copy, moved_bytes, signature_of
@@ -135,7 +136,7 @@ def inspect(
         recorder.discard()
         annotator.drain()
         with Pump(writer, [lambda: _rows(recorder.drain()), lambda: {"ranges": columns(annotator.drain(), "inspect")}]):
-            with inspector.watching():
+            with taken_apart(model), inspector.watching():
                 generation(NEW_TOKENS)
             device.synchronize()
             recorder.stop()

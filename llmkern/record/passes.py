@@ -17,6 +17,7 @@ from llmkern.progress import Stages
 from llmkern.record import environment, replay_cache
 from llmkern.record.annotate import Annotator
 from llmkern.record.device import Device, EnergyMeter
+from llmkern.record.engine import taken_apart
 from llmkern.record.generation import Generation
 from llmkern.record.inspection import NEW_TOKENS, inspect
 from llmkern.record.options import TraceOptions
@@ -157,7 +158,7 @@ def _replay(
     if not wanted:
         return
     keeper = Keeper(model, set(wanted))
-    with keeper.keeping():
+    with taken_apart(model), keeper.keeping():
         generation(NEW_TOKENS)
     annotator.drain()
     cases = [keeper.cases[name] for name in wanted if name in keeper.cases]

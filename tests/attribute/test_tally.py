@@ -49,7 +49,7 @@ def test_every_recorded_kernel_and_gap_is_counted(name: str) -> None:
         assert own["duration_ns"].sum() * trace.timeline.units(phase) == pytest.approx(gaps["duration_ns"].sum())
 
 
-@pytest.mark.parametrize(("name", "pass_name"), [("int8", "time"), ("int4", "calls")])
+@pytest.mark.parametrize(("name", "pass_name"), [("bf16-operators", "time"), ("int8", "calls"), ("int4", "calls")])
 def test_every_recorded_call_is_counted(name: str, pass_name: str) -> None:
     calls = recorded_run(name).table("launches", where={"pass": pass_name})
     trace = recorded(name).host_trace

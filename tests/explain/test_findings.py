@@ -26,9 +26,9 @@ def named(name: str, found: Attribution, phase: str = "decode") -> Finding:
 
 def test_synchronisations_per_layer_are_those_in_the_records() -> None:
     run = recorded_run("int8")
-    ranges = run.table("ranges", where={"pass": "time"})
+    ranges = run.table("ranges", where={"pass": "calls"})
     decode = ranges[(ranges["category"] == "phase") & (ranges["phase"] == "decode")].iloc[0]
-    calls = run.table("launches", where={"pass": "time"})
+    calls = run.table("launches", where={"pass": "calls"})
     inside = calls[calls["start_ns"].between(decode["start_ns"], decode["end_ns"])]
     waits = inside["api"].astype(str).str.contains("Synchronize").sum() / 2
     # Two decoded tokens; each ends with two waits outside the layers, and one of the generation is the recorder's.

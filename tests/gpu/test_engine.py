@@ -50,6 +50,10 @@ def test_a_traced_graph_is_launched_once_a_token(tmp_path: Path) -> None:
     assert trace is not None
     decode = trace.tally[(trace.tally["phase"] == "decode") & trace.tally["api"].str.contains("GraphLaunch")]
     assert decode["launches"].sum() == pytest.approx(1.0)
+    # Its kernels are known by the operators that were captured.
+    assert found.identified is not None
+    assert found.identified.share > 0.95
+    assert set(found.kernels.loc[found.kernels["phase"] == "decode", "layer"].dropna()) == set(range(4))
 
 
 def test_int8_cannot_be_captured_and_says_so(tmp_path: Path) -> None:

@@ -46,6 +46,16 @@ def column(rows: dict, name: str) -> list:
     return values.to_pylist() if hasattr(values, "to_pylist") else list(values)
 
 
+@pytest.mark.parametrize("host_calls", [True, False])
+def test_only_host_calls_hold_a_subscription(recorder: CuptiRecorder, fake: ctypes.CDLL, host_calls: bool) -> None:
+    recorder.start(host_calls=host_calls)
+    assert bool(fake.fake_subscribed()) == host_calls
+    emit(fake, kernels(2), 2)
+    recorder.stop()
+    assert len(column(recorder.drain()["kernels"], "name")) == 2
+    assert not fake.fake_subscribed()
+
+
 def test_kernels_are_decoded_field_by_field(recorder: CuptiRecorder, fake: ctypes.CDLL) -> None:
     recorder.start()
     ids = np.arange(1, 4)

@@ -9,7 +9,7 @@ import torch
 
 from llmkern.errors import DeviceError, UsageError
 from llmkern.record.annotate import Annotator
-from llmkern.record.engine import CapturedDecode, Launch, check_graph, static_cache
+from llmkern.record.engine import CapturedDecode, Launch, check_graph, static_cache, taken_apart
 from llmkern.record.generation import Generation
 from llmkern.workload.load import load_model
 from llmkern.workload.models import find_model
@@ -68,6 +68,24 @@ def test_the_tokens_are_those_of_the_eager_model(model: Any, batch: int) -> None
     assert tokens_of(model, batch, cache) == expected
     # The first decode step of all runs as it is; the other 13 of 6 + 2 + 0 + 6 come from one capture.
     assert (captures.captured, captures.launched) == (1, 13)
+
+
+def test_taken_apart_it_runs_what_was_captured_operator_by_operator(model: Any) -> None:
+    captures = Captures()
+    model.forward = CapturedDecode(model.forward, captures)
+    cache = static_cache(model.config, TOKENS, NEW)
+    expected = tokens_of(model, 1, cache)
+    launched = captures.launched
+    with taken_apart(model):
+        assert tokens_of(model, 1, cache) == expected
+    assert captures.launched == launched
+    assert tokens_of(model, 1, cache) == expected
+    assert captures.launched > launched
+
+
+def test_a_model_without_a_graph_has_nothing_to_take_apart(model: Any) -> None:
+    with taken_apart(model):
+        assert not isinstance(model.forward, CapturedDecode)
 
 
 def test_a_step_that_cannot_be_captured_is_one_sentence(model: Any) -> None:

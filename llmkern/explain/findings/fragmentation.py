@@ -27,6 +27,10 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
         energy_j, time_s = cost(own)
         inside = float(kernels.loc[kernels["layer"].notna(), "launches"].sum()) / depth
         by_length = kernels.assign(each_ns=kernels["duration_ns"] / kernels["launches"]).sort_values("each_ns")
+        launched = f", and the host needs {account.weight.latency_s.value / count * 1e6:.1f} µs of latency for each"
+        next_step = "fuse neighbours, or launch them all at once: a CUDA graph"
+        if _in_graphs(attribution, phase) > _MOSTLY:
+            launched, next_step = ", all at once in a CUDA graph", "fuse neighbours"
         middle = np.searchsorted(by_length["launches"].cumsum().to_numpy(), count / 2)
         median_us = float(by_length["each_ns"].iloc[min(int(middle), len(by_length) - 1)]) / 1e3
         found.append(
@@ -35,14 +39,20 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
                 phase,
                 account.unit,
                 f"{short / count:.0%} of {count:,.0f} kernels take less than {SHORT_NS / 1e3:.0f} µs (median about "
-                f"{median_us:.1f} µs); a layer launches {inside:,.0f} of them, and the host needs "
-                f"{account.weight.latency_s.value / count * 1e6:.1f} µs of latency for each.",
+                f"{median_us:.1f} µs); a layer launches {inside:,.0f} of them{launched}.",
                 energy_j,
                 time_s,
                 "energy of the operators whose kernels take less than 5 µs on average, gaps not counted",
                 "a kernel shorter than its own launch leaves the device waiting whatever it computes",
-                "fuse neighbours, or launch them all at once: a CUDA graph",
+                next_step,
                 readable(own, ["kind", "op", "module"]),
             )
         )
     return found
+
+
+def _in_graphs(attribution: Attribution, phase: str) -> float:
+    """Return the share of the kernels that were launched together with the one before."""
+    kernels = attribution.timeline.kernels
+    launched = kernels["correlation_id"].to_numpy()[(kernels["phase"] == phase).to_numpy()]
+    return float((launched[1:] == launched[:-1]).mean()) if len(launched) > 1 else 0.0
