@@ -1,4 +1,4 @@
-"""The command line: ``llmkern trace | report | diff | doctor | models``."""
+"""The command line: ``llmkern trace | report | diff | import | doctor | models``."""
 
 from __future__ import annotations
 
@@ -156,6 +156,41 @@ def diff(
         echo(difference_document(first, second, differences))
     else:
         print_difference(first, second, differences, _console(), top)
+
+
+@cli.command("import", context_settings=_CONTEXT)
+@click.argument("capture", metavar="CAPTURE", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/CAPTURE]")
+@click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
+@click.option(
+    "--energy", metavar="RUN", type=click.Path(path_type=Path), help="Give the kernels the joules of this weighed run."
+)
+@click.option(
+    "--phase",
+    "phases",
+    metavar="NAME[=PHASE]",
+    multiple=True,
+    help="Ranges of this name are one unit of a phase.  [default: those called prefill or decode]",
+)
+@_TOP
+@_JSON
+@_DEBUG
+def import_(
+    capture: Path,
+    out: Path | None,
+    force: bool,
+    energy: Path | None,
+    phases: tuple[str, ...],
+    top: int,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Make a run folder of CAPTURE, an SQLite export of Nsight Systems or a trace of torch.profiler, and report it."""
+    from llmkern.exchange.importing import import_capture
+
+    names = {name: phase or name for name, _, phase in (text.partition("=") for text in phases)}
+    folder = out or Path("runs") / capture.name.split(".")[0]
+    _report(import_capture(capture, folder, energy=energy, phases=names, force=force).path, top, as_json)
 
 
 @cli.command(context_settings=_CONTEXT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -17,7 +17,7 @@ from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.tally import OP_COLUMNS, tally_kernels, tally_neighbours
 from llmkern.attribute.timeline import Timeline, read_timeline
-from llmkern.attribute.weighed import Weighed, weigh_phases
+from llmkern.attribute.weighed import Weighed, traced_phases, weigh_phases
 from llmkern.run import TABLES, RunFolder
 
 
@@ -86,13 +86,17 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     if device["kind"] == "cuda" and (run.table("energy", ["sensor"])["sensor"] == "rapl_package").any():
         host = weigh_phases(run, "rapl_package", None)
     accounts = {}
-    if weighed is not None:
-        for phase, weight in weighed.phases.items():
-            account = account_phase(
-                weight, weighed.floor, weighed.temperature_c, timeline, device.get("power_limit_mw")
-            )
-            if account is not None:
-                accounts[phase] = account
+    weights = weighed.phases if weighed is not None else {}
+    if weighed is None and "imported" in run.facts:
+        weights = traced_phases(timeline)
+    floor, temperature_c = (weighed.floor, weighed.temperature_c) if weighed is not None else (None, None)
+    for phase, weight in weights.items():
+        account = account_phase(weight, floor, temperature_c, timeline, device.get("power_limit_mw"))
+        if account is not None and weighed is None:
+            # Nothing else was measured that the capture could be longer than.
+            account = replace(account, traced_latency_s=weight.latency_s.value)
+        if account is not None:
+            accounts[phase] = account
     inspected = read_inspected(run, index)
     identified = identify(inspected, timeline) if inspected is not None else None
     kernels = tally_kernels(timeline, identified, run.table("ops", OP_COLUMNS))

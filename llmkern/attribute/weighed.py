@@ -11,6 +11,7 @@ from llmkern.attribute.by_ranges import ByRanges, energy_by_ranges
 from llmkern.attribute.calibration import calibrate, choose
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
+from llmkern.attribute.timeline import Timeline
 from llmkern.run import RunFolder
 
 
@@ -88,6 +89,22 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     if not phases:
         return None
     return Weighed(phases, floor, mean_c, **books, sample_lag_ms=by_ranges.lag_ms if by_ranges is not None else None)
+
+
+def traced_phases(timeline: Timeline) -> dict[str, PhaseWeight]:
+    """Return the phases of *timeline* from their first kernel to their last, for a capture with nothing weighed beside.
+
+    Ranges of other tools need not hold the work that they launch: the host may be ahead of the device.
+    """
+    units = {} if timeline.forwards.empty else {"prefill": "call", "decode": "token"}
+    found = {}
+    for phase, spans in timeline.phases.groupby("phase", sort=False, observed=True):
+        latency_s = ((spans["busy_ns"] + spans["gap_ns"]) / 1e9 / spans["tokens"]).to_list()
+        latency = from_samples(latency_s)
+        unknown = [float("nan")] * len(latency_s)
+        unit = units.get(str(phase), "range" if phase in ("prefill", "decode") else str(phase))
+        found[str(phase)] = PhaseWeight(str(phase), unit, latency, latency_s, None, unknown, latency, None)
+    return found
 
 
 def _samples(curve: EnergyCurve, power: pd.DataFrame, books: dict[str, float | None]) -> tuple[np.ndarray, np.ndarray]:

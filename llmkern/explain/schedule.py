@@ -98,9 +98,11 @@ def schedule(trace: HostTrace, phase: str) -> Schedule | None:
     if phase == "decode":
         token = kernels["token"].to_numpy()[rows]
         known = np.unique(token[token != NONE])
-        steps = int(np.clip(MOST_KERNELS * len(known) // len(rows), 1, len(known)))
-        chosen = known[(len(known) - steps) // 2 :][:steps]
-        rows = rows[np.isin(token, chosen)]
+        # A capture of another tool may know no steps: then its first decode is one.
+        if len(known):
+            steps = int(np.clip(MOST_KERNELS * len(known) // len(rows), 1, len(known)))
+            chosen = known[(len(known) - steps) // 2 :][:steps]
+            rows = rows[np.isin(token, chosen)]
     correlation = kernels["correlation_id"].to_numpy()[rows]
     rows = rows[np.lexsort((kernels["start_ns"].to_numpy()[rows], correlation))]
     correlation = kernels["correlation_id"].to_numpy()[rows]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llmkern.record import interrupts
 from llmkern.run import RunWriter
 
 _SWITCH_INTERVAL_S = 0.0005
@@ -47,7 +48,8 @@ class Pump:
             self._pump()
 
     def check(self) -> None:
-        """Raise what stopped the pump (a full disk, say), if anything did."""
+        """Raise what stopped the pump (a full disk, say), or the user's Ctrl+C, if anything did."""
+        interrupts.check()
         if self._error is not None:
             raise self._error
 

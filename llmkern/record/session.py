@@ -17,7 +17,7 @@ from llmkern.attribute.attribution import attribute
 from llmkern.attribute.replayed import to_cache
 from llmkern.errors import LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
-from llmkern.record import environment, replay_cache
+from llmkern.record import environment, interrupts, replay_cache
 from llmkern.record.annotate import Annotator
 from llmkern.record.choose import choose_device
 from llmkern.record.device import Device
@@ -69,7 +69,8 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
         force=options.force,
     )
     try:
-        _record(options, spec, prompts, device, writer, stages)
+        with interrupts.remembered():
+            _record(options, spec, prompts, device, writer, stages)
         with stages.stage("Merging the segments", len(TABLES)) as advance:
             writer.finish(advance, elapsed_s=round(time.monotonic() - started_s, 3))
         if not options.quick and not options.no_cache:

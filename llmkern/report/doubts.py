@@ -56,6 +56,12 @@ def _weights(facts: dict[str, Any]) -> list[str]:
 
 def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     weighed = attribution.weighed
+    if weighed is None and "imported" in run.facts:
+        return [
+            "The capture holds no energy, only time: import it again with --energy RUN, a run of the same workload that "
+            "llmkern weighed, for joules.",
+            *(f"The capture lacks {what}." for what in run.facts["imported"]["missing"]),
+        ]
     if weighed is None:
         return ["No complete weigh window was recorded, so there are no latencies or joules per phase."]
     if any(p.energy_j is None for p in weighed.phases.values()):

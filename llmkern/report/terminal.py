@@ -87,6 +87,11 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
         text = quantity(part, "J") if isinstance(part, float) else with_interval(part, "J")
         return f"{text} ({value / account.weight.energy_j.value:.0%})"
 
+    def per_second(account: PhaseAccount) -> str:
+        # What one range of another tool's capture computes, nothing says.
+        known = account.unit in ("call", "token")
+        return f"{tokens(account) / account.weight.latency_s.value:,.1f}" if known else "–"
+
     def per_token(account: PhaseAccount) -> str:
         energy = account.weight.energy_j
         return "–" if energy is None else with_interval(energy.scaled(1 / tokens(account)), "J")
@@ -95,7 +100,7 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
     things = "kernels" if device == "GPU" else "operators"
     rows: list[tuple[str, list[str]]] = [
         ("latency", [with_interval(a.weight.latency_s, "s") for a in accounts]),
-        ("tokens/s", [f"{tokens(a) / a.weight.latency_s.value:,.1f}" for a in accounts]),
+        ("tokens/s", [per_second(a) for a in accounts]),
         ("energy", [with_interval(a.weight.energy_j, "J") for a in accounts]),
         ("J/token", [per_token(a) for a in accounts]),
         ("mean power", [quantity(a.mean_w, "W") for a in accounts]),
@@ -107,8 +112,9 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
         ("energy in gaps", [share(a.gap_j, a) for a in accounts]),
         ("residual", [share(a.residual_j, a) for a in accounts]),
         ("idle floor", [with_interval(a.floor_w, "W") for a in accounts]),
-        ("recorder's effect", [f"{a.recorder_effect:+.1%}" for a in accounts]),
     ]
+    if attribution.weighed is not None:
+        rows.append(("recorder's effect", [f"{a.recorder_effect:+.1%}" for a in accounts]))
     if attribution.weighed is not None:
         memory = memory_energy(run, attribution.weighed, attribution.device)
         rows.append(("of the energy, HBM", [with_interval(memory.get(a.phase), "J") for a in accounts]))

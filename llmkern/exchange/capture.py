@@ -1,0 +1,110 @@
+"""What a capture of another tool holds, in the terms of a run folder, before it becomes one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llmkern.errors import UsageError
+from llmkern.record.annotate import DOMAIN
+from llmkern.run import TABLES
+
+# Category of the ranges that say which pass of llmkern what lies inside belongs to.
+PASS = "pass"
+# A range of any domain with one of these names is a phase, unless the user says otherwise.
+PHASES = ("prefill", "decode")
+# What a capture without any phase is taken for: one phase from its first kernel to its last.
+WHOLE = "capture"
+_TOKEN = re.compile(r"^token (\d+)$")
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Tables ``kernels``, ``launches`` and ``ranges`` as in a run folder, in CLOCK_REALTIME ns, all columns present.
+
+    *facts* are those of run.json; *missing* says in words what the file did not hold.
+    """
+
+    kernels: pd.DataFrame
+    launches: pd.DataFrame
+    ranges: pd.DataFrame
+    facts: dict[str, Any]
+    missing: list[str] = field(default_factory=list)
+
+
+def rows_of(table: str, columns: Mapping[str, Any]) -> pd.DataFrame:
+    """Return *columns* as rows of *table*; those that are not given are empty."""
+    frame = pd.DataFrame(columns)
+    return frame.reindex(columns=TABLES[table].names)
+
+
+def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
+    """Return *capture* with pass, phase, token and new_tokens filled in, ready to be attributed.
+
+    Ranges of llmkern's own domain say what they are. Of others those called as in *names* (name → phase) are phases, by
+    default those called ``prefill`` or ``decode``; each is one unit of its phase. Where there is none, the time from
+    the first kernel to the last is one phase. Raises UsageError when *names* names a range that is not there.
+    """
+    ranges = capture.ranges
+    for name in names:
+        if not (ranges["name"] == name).any():
+            known = ", ".join(str(n) for n in ranges["name"].value_counts().index[:5]) or "none at all"
+            raise UsageError(f"the capture has no NVTX range {name!r} (it has {known}): name one of them with --phase.")
+    own = ranges["domain"] == DOMAIN
+    if not names and not (own & (ranges["category"] == "phase")).any():
+        names = {name: name for name in PHASES}
+    category, phase = ranges["category"].astype(object), ranges["phase"].astype(object)
+    foreign = ranges["name"].isin(list(names)) & ~own
+    category[foreign] = "phase"
+    phase[foreign] = ranges["name"][foreign].map(names)
+    phases = own & (category == "phase") & phase.isna()
+    phase[phases] = ranges["name"][phases]
+    token = pd.to_numeric(ranges["token"])
+    steps = own & (category == "token") & token.isna()
+    token[steps] = pd.to_numeric(ranges["name"][steps].astype(str).str.extract(_TOKEN)[0])
+    ranges = ranges.assign(category=category, phase=phase, token=token)
+    if not (ranges["category"] == "phase").any():
+        ranges = pd.concat([ranges, _whole(capture.kernels)], ignore_index=True)
+    ranges = _counted(ranges)
+    passes = ranges[ranges["category"] == PASS].sort_values("start_ns")
+    tables = {
+        name: _by_pass(frame, passes)
+        for name, frame in (("kernels", capture.kernels), ("launches", capture.launches), ("ranges", ranges))
+    }
+    return Capture(**tables, facts=capture.facts, missing=capture.missing)
+
+
+def _whole(kernels: pd.DataFrame) -> pd.DataFrame:
+    start_ns, end_ns = int(kernels["start_ns"].min()), int(kernels["end_ns"].max())
+    row = {"start_ns": [start_ns], "end_ns": [end_ns], "thread": [0], "name": [WHOLE], "category": ["phase"]}
+    return rows_of("ranges", {**row, "phase": [WHOLE], "depth": [0]})
+
+
+def _counted(ranges: pd.DataFrame) -> pd.DataFrame:
+    """Return *ranges* with new_tokens: of a decode the token steps inside it and one, of anything else 1 or 2.
+
+    A phase without steps of its own is one unit, which for all but a prefill means two new tokens.
+    """
+    steps = np.sort(ranges.loc[(ranges["category"] == "token") & (ranges["token"] > 0), "start_ns"].to_numpy())
+    own = (ranges["category"] == "phase").to_numpy() & ranges["new_tokens"].isna().to_numpy()
+    start, end = ranges["start_ns"].to_numpy(), ranges["end_ns"].to_numpy()
+    inside = np.searchsorted(steps, end) - np.searchsorted(steps, start)
+    counted = np.where(ranges["phase"] == "prefill", 1, np.maximum(inside, 1) + 1)
+    return ranges.assign(new_tokens=np.where(own, counted, pd.to_numeric(ranges["new_tokens"])))
+
+
+def _by_pass(frame: pd.DataFrame, passes: pd.DataFrame) -> pd.DataFrame:
+    """Return *frame* with the pass within whose range each row starts; without such ranges everything is ``time``."""
+    if passes.empty:
+        return frame.assign(**{"pass": "time"})
+    starts, ends = passes["start_ns"].to_numpy(), passes["end_ns"].to_numpy()
+    at = np.searchsorted(starts, frame["start_ns"].to_numpy(), side="right") - 1
+    inside = (at >= 0) & (frame["start_ns"].to_numpy() <= ends[np.maximum(at, 0)])
+    names = passes["name"].astype(str).str.removeprefix(f"{PASS} ").to_numpy(object)
+    found = frame.assign(**{"pass": names[np.maximum(at, 0)]})[inside]
+    return found[found["category"] != PASS] if "category" in found else found

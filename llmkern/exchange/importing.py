@@ -1,0 +1,120 @@
+"""Makes a run folder of a capture, with the energy of a weighed run where one is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from llmkern.errors import UsageError
+from llmkern.exchange.capture import Capture, with_phases
+from llmkern.exchange.from_nsys import MAGIC, read_nsys
+from llmkern.exchange.from_torch import GZIP, read_torch
+from llmkern.run import RunFolder, RunWriter
+
+# Passes that tell what kernels and gaps cost, as opposed to when they ran.
+_ENERGY_PASSES = ("selftest", "weigh", "replay", "inspect")
+_ENERGY_FACTS = ("options", "model", "prompts", "host", "versions", "calibration", "plan", "own_cost", "sensors")
+
+
+def import_capture(
+    path: Path, out: Path, *, energy: Path | None = None, phases: Mapping[str, str] | None = None, force: bool = False
+) -> RunFolder:
+    """Write the capture *path* as run folder *out* and return it.
+
+    *energy* is a weighed run of the same workload whose joules the captured kernels get; *phases* names the ranges that
+    are phases (name → phase). Raises UsageError for a file that is none of the known formats or torn.
+    """
+    weighed = RunFolder(energy) if energy is not None else None
+    capture = with_phases(_read(path), phases or {})
+    facts = _facts(capture, weighed)
+    writer = RunWriter(out, facts, force=force)
+    for name in ("kernels", "launches", "ranges"):
+        frame = getattr(capture, name)
+        writer.append(name, {column: _plain(frame[column]) for column in frame.columns})
+    if weighed is not None:
+        _add_energy(writer, weighed)
+    writer.finish()
+    return RunFolder(out)
+
+
+def _read(path: Path) -> Capture:
+    if not path.exists():
+        raise UsageError(f"{path} does not exist: give the file that the other tool exported.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the file that the other tool exported.")
+    with open(path, "rb") as file:
+        head = file.read(len(MAGIC))
+    if not head:
+        raise UsageError(f"{path} is empty: export the capture again.")
+    if head == MAGIC:
+        return read_nsys(path)
+    if head[: len(GZIP)] == GZIP or head.lstrip()[:1] in (b"{", b"["):
+        return read_torch(path)
+    if path.suffix == ".nsys-rep":
+        raise UsageError(
+            f"{path} is an Nsight Systems report, which only nsys can read: run 'nsys export --type sqlite {path.name}' "
+            "and import its result."
+        )
+    raise UsageError(
+        f"{path} is neither an SQLite export of Nsight Systems nor a trace of torch.profiler (.json, .json.gz): export "
+        "the capture as one of them."
+    )
+
+
+def _facts(capture: Capture, weighed: RunFolder | None) -> dict[str, Any]:
+    tokens = pd.to_numeric(capture.ranges["new_tokens"]).max()
+    facts: dict[str, Any] = {
+        **capture.facts,
+        "imported": {**capture.facts["imported"], "missing": capture.missing},
+        "options": {
+            "model": capture.facts["imported"]["file"],
+            "precision": "",
+            "batch": 1,
+            "new_tokens": 2 if tokens != tokens else int(tokens),
+        },
+        "prompts": {"batch": 1, "effective_tokens": [1], "computed_tokens": 1},
+        "recorder": {
+            "source": capture.facts["imported"]["format"],
+            "kernels": len(capture.kernels),
+            "launches": len(capture.launches),
+        },
+    }
+    if weighed is None:
+        return facts
+    own, other = facts["device"], weighed.facts["device"]
+    if own["name"] not in (other["name"], "unknown GPU"):
+        raise UsageError(
+            f"the capture is of {own['name']}, the run with the energy of {other['name']}: joules of one board say "
+            "nothing of another; weigh the workload on the board of the capture."
+        )
+    kept = {name: weighed.facts[name] for name in _ENERGY_FACTS if name in weighed.facts}
+    # Attribution joins sensors and kernels by the device's number, which each tool gives by its own lights.
+    device = {**other, "index": own["index"]}
+    return {**facts, **kept, "device": device, "energy_of": str(weighed.path)}
+
+
+def _add_energy(writer: RunWriter, weighed: RunFolder) -> None:
+    device, own = writer.facts["device"]["index"], weighed.facts["device"]["index"]
+    for name in ("ranges", "kernels", "launches"):
+        frame = weighed.table(name)
+        frame = frame[frame["pass"].isin(_ENERGY_PASSES)]
+        if "device" in frame:
+            frame = frame.assign(device=frame["device"].where(frame["device"] != own, device))
+        writer.append(name, {column: _plain(frame[column]) for column in frame.columns})
+    for name in ("ops", "replays", "power", "energy"):
+        frame = weighed.table(name)
+        if "device" in frame:
+            frame = frame.assign(device=frame["device"].where(frame["device"] != own, device))
+        writer.append(name, {column: _plain(frame[column]) for column in frame.columns})
+
+
+def _plain(column: pd.Series) -> Any:
+    """Return *column* as Arrow takes it: missing values as None, whole numbers whole."""
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        return column.array
+    if column.isna().any() or column.dtype == object:
+        return [None if value is None or value != value else value for value in column]
+    return column.to_numpy()
