@@ -37,7 +37,7 @@ class Capture:
     missing: list[str] = field(default_factory=list)
 
 
-def rows_of(table: str, columns: Mapping[str, Any]) -> pd.DataFrame:
+def rows_of(table: str, columns: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
     """Return *columns* as rows of *table*; those that are not given are empty."""
     frame = pd.DataFrame(columns)
     return frame.reindex(columns=TABLES[table].names)

@@ -66,7 +66,7 @@ class _Export:
         owner = int(owners.value_counts().index[0])
         others = int(owners.nunique()) - 1
         if others:
-            self.missing.append(f"{others} other processes with GPU work were left out")
+            self.missing.append(f"the GPU work of {others} other processes, which was left out")
         kernels = kernels[owners == owner].sort_values("start_ns", kind="stable")
         device = int(kernels["device"].value_counts().index[0])
         begin_ns = self._begin_ns()
@@ -76,7 +76,7 @@ class _Export:
             frame["start_ns"] = frame["start_ns"].astype(np.int64) + begin_ns
             frame["end_ns"] = frame["end_ns"].astype(np.int64) + begin_ns
         facts = {
-            "started": str(pd.Timestamp(begin_ns, unit="ns", tz="UTC").isoformat(timespec="seconds")),
+            "started": pd.Timestamp(begin_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
             "device": self._device(device),
             "versions": {"nsys": about.get("EXPORT_PRODUCT_VERSION")},
             "imported": {
@@ -154,18 +154,8 @@ class _Export:
     def _kernels(self, strings: pd.Series) -> pd.DataFrame:
         common = ["start", "end", "deviceId", "contextId", "streamId", "correlationId", "globalPid", "graphNodeId"]
         shape = ["gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ"]
-        rows = self._read(
-            "CUPTI_ACTIVITY_KIND_KERNEL",
-            [
-                *common,
-                "graphId",
-                "demangledName",
-                *shape,
-                "registersPerThread",
-                "staticSharedMemory",
-                "dynamicSharedMemory",
-            ],
-        )
+        resources = ["registersPerThread", "staticSharedMemory", "dynamicSharedMemory"]
+        rows = self._read("CUPTI_ACTIVITY_KIND_KERNEL", [*common, "graphId", "demangledName", *shape, *resources])
         parts = [
             rows.assign(
                 name=rows["demangledName"].map(strings).fillna("unknown kernel"),

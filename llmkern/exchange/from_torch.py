@@ -1,4 +1,4 @@
-"""A trace of torch.profiler (Chrome JSON, plain or gzipped) as a capture: kernels, copies, host calls and annotations."""
+"""A trace of torch.profiler (Chrome JSON, plain or gzipped) as a capture: kernels, copies, host calls, annotations."""
 
 from __future__ import annotations
 
@@ -23,22 +23,15 @@ _VERSION_SUFFIX = re.compile(r"_v\d+$")
 
 
 def read_torch(path: Path) -> Capture:
-    """Return what the trace *path* holds; raises UsageError for a file that is torn, foreign or without GPU activity."""
+    """Return what the trace *path* holds; raises UsageError for a file that is torn, foreign or without GPU work."""
     try:
-        opened = gzip.open(path) if _starts_with(path, GZIP) else open(path, "rb")
-        with opened as file:
-            trace = json.load(file)
-        return _capture(trace, path)
+        data = path.read_bytes()
+        return _capture(json.loads(gzip.decompress(data) if data.startswith(GZIP) else data), path)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UsageError(
-            f"{path} cannot be read as a trace of torch.profiler ({type(error).__name__}: {error}): write it again with "
-            "prof.export_chrome_trace(FILE)."
+            f"{path} cannot be read as a trace of torch.profiler ({type(error).__name__}: {error}): write it again "
+            "with prof.export_chrome_trace(FILE)."
         ) from error
-
-
-def _starts_with(path: Path, magic: bytes) -> bool:
-    with open(path, "rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _capture(trace: Any, path: Path) -> Capture:
@@ -80,17 +73,15 @@ def _capture(trace: Any, path: Path) -> Capture:
             for e in notes
         ]
     )
+    first_ns = int(kernels["start_ns"].iloc[0])
     facts = {
-        "started": str(
-            pd.Timestamp(int(kernels["start_ns"].iloc[0]), unit="ns", tz="UTC").isoformat(timespec="seconds")
-        ),
+        "started": pd.Timestamp(first_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
         "device": _device(about.get("deviceProperties") or [], int(kernels["device"].value_counts().index[0])),
         "versions": {"trace_schema": str(about.get("schemaVersion", ""))},
         "imported": {"file": path.name, "format": "a trace of torch.profiler", "schema": about.get("schemaVersion")},
     }
-    return Capture(
-        rows_of("kernels", kernels), rows_of("launches", launches), rows_of("ranges", ranges), facts, missing
-    )
+    tables = {"kernels": kernels, "launches": launches, "ranges": ranges}
+    return Capture(**{name: rows_of(name, rows) for name, rows in tables.items()}, facts=facts, missing=missing)
 
 
 def _times(event: dict[str, Any], base_ns: int) -> dict[str, int]:

@@ -55,8 +55,8 @@ def _read(path: Path) -> Capture:
         return read_torch(path)
     if path.suffix == ".nsys-rep":
         raise UsageError(
-            f"{path} is an Nsight Systems report, which only nsys can read: run 'nsys export --type sqlite {path.name}' "
-            "and import its result."
+            f"{path} is an Nsight Systems report, which only nsys can read: run 'nsys export --type sqlite "
+            f"{path.name}' and import its result."
         )
     raise UsageError(
         f"{path} is neither an SQLite export of Nsight Systems nor a trace of torch.profiler (.json, .json.gz): export "

@@ -58,8 +58,8 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     weighed = attribution.weighed
     if weighed is None and "imported" in run.facts:
         return [
-            "The capture holds no energy, only time: import it again with --energy RUN, a run of the same workload that "
-            "llmkern weighed, for joules.",
+            "The capture holds no energy, only time: import it again with --energy RUN, a run of the same workload "
+            "that llmkern weighed, for joules.",
             *(f"The capture lacks {what}." for what in run.facts["imported"]["missing"]),
         ]
     if weighed is None:
