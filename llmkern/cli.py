@@ -1,4 +1,4 @@
-"""The command line: ``llmkern trace | report | diff | import | doctor | models``."""
+"""The command line: ``llmkern trace | report | diff | export | import | doctor | models``."""
 
 from __future__ import annotations
 
@@ -156,6 +156,51 @@ def diff(
         echo(difference_document(first, second, differences))
     else:
         print_difference(first, second, differences, _console(), top)
+
+
+@cli.command(context_settings=_CONTEXT)
+@click.argument("run_folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["nsys", "perfetto", "parquet", "csv"]),
+    required=True,
+    help="nsys: SQLite in the schema of Nsight Systems' exports; perfetto: gzipped JSON for ui.perfetto.dev.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File or folder to write.  [default: RUN-FORMAT beside RUN]"
+)
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option(
+    "--pass", "pass_name", type=click.Choice(["calls", "time"]), help="Only this pass.  [default: both, as recorded]"
+)
+@click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Only this phase.")
+@click.option("--tokens", metavar="A:B", help="Only these token steps.")
+@_DEBUG
+def export(
+    run_folder: Path,
+    to: str,
+    out: Path | None,
+    force: bool,
+    pass_name: str | None,
+    phase: str | None,
+    tokens: str | None,
+    debug: bool,
+) -> None:
+    """Write RUN for another tool: kernels and gaps with their joules, host calls, ranges, power."""
+    from llmkern.exchange.exporting import export_run, parse_tokens
+    from llmkern.exchange.overlay import PASSES
+
+    written = export_run(
+        run_folder,
+        to,
+        out,
+        passes=PASSES if pass_name is None else (pass_name,),
+        phase=phase,
+        tokens=None if tokens is None else parse_tokens(tokens),
+        force=force,
+    )
+    size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.iterdir()))
+    click.echo(f"Wrote {written} ({size / 2**20:.1f} MiB).", err=True)
 
 
 @cli.command("import", context_settings=_CONTEXT)

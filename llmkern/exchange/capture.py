@@ -25,13 +25,14 @@ _TOKEN = re.compile(r"^token (\d+)$")
 
 @dataclass(frozen=True)
 class Capture:
-    """Tables ``kernels``, ``launches`` and ``ranges`` as in a run folder, in CLOCK_REALTIME ns, all columns present.
+    """Tables of a run folder, in CLOCK_REALTIME ns, all columns present.
 
     *facts* are those of run.json; *missing* says in words what the file did not hold.
     """
 
     kernels: pd.DataFrame
     launches: pd.DataFrame
+    overheads: pd.DataFrame
     ranges: pd.DataFrame
     facts: dict[str, Any]
     missing: list[str] = field(default_factory=list)
@@ -74,7 +75,12 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
     passes = ranges[ranges["category"] == PASS].sort_values("start_ns")
     tables = {
         name: _by_pass(frame, passes)
-        for name, frame in (("kernels", capture.kernels), ("launches", capture.launches), ("ranges", ranges))
+        for name, frame in (
+            ("kernels", capture.kernels),
+            ("launches", capture.launches),
+            ("overheads", capture.overheads),
+            ("ranges", ranges),
+        )
     }
     return Capture(**tables, facts=capture.facts, missing=capture.missing)
 

@@ -72,7 +72,8 @@ class _Export:
         begin_ns = self._begin_ns()
         launches = self._launches(strings, owner)
         ranges = self._ranges(strings, owner)
-        for frame in (kernels, launches, ranges):
+        overheads = self._overheads(strings, owner)
+        for frame in (kernels, launches, overheads, ranges):
             frame["start_ns"] = frame["start_ns"].astype(np.int64) + begin_ns
             frame["end_ns"] = frame["end_ns"].astype(np.int64) + begin_ns
         facts = {
@@ -85,9 +86,9 @@ class _Export:
                 "schema": about.get("EXPORT_SCHEMA_VERSION"),
             },
         }
-        return Capture(
-            rows_of("kernels", kernels), rows_of("launches", launches), rows_of("ranges", ranges), facts, self.missing
-        )
+        tables = {"kernels": kernels, "launches": launches, "overheads": overheads, "ranges": ranges}
+        found = {name: rows_of(name, rows) for name, rows in tables.items()}
+        return Capture(**found, facts=facts, missing=self.missing)
 
     def _meta(self) -> dict[str, str]:
         rows = self._read("META_DATA_EXPORT", ["name", "value"])
@@ -210,6 +211,18 @@ class _Export:
                 "thread": thread & 0xFFFFFF,
                 "correlation_id": rows["correlationId"].fillna(0).astype(np.int64),
                 "api": api.map({name: _VERSION_SUFFIX.sub("", name) for name in api.unique()}),
+            }
+        )
+
+    def _overheads(self, strings: pd.Series, owner: int) -> pd.DataFrame:
+        rows = self._read("CUPTI_ACTIVITY_KIND_OVERHEAD", ["start", "end", "globalTid", "nameId"])
+        rows = _of_process(rows, owner)
+        return pd.DataFrame(
+            {
+                "start_ns": rows["start"],
+                "end_ns": rows["end"],
+                "thread": rows["globalTid"].to_numpy(np.int64) & 0xFFFFFF,
+                "kind": rows["nameId"].map(strings).fillna("overhead").astype(str),
             }
         )
 

@@ -80,7 +80,7 @@ def _capture(trace: Any, path: Path) -> Capture:
         "versions": {"trace_schema": str(about.get("schemaVersion", ""))},
         "imported": {"file": path.name, "format": "a trace of torch.profiler", "schema": about.get("schemaVersion")},
     }
-    tables = {"kernels": kernels, "launches": launches, "ranges": ranges}
+    tables = {"kernels": kernels, "launches": launches, "overheads": pd.DataFrame(), "ranges": ranges}
     return Capture(**{name: rows_of(name, rows) for name, rows in tables.items()}, facts=facts, missing=missing)
 
 

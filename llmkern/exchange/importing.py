@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, with_phases
 from llmkern.exchange.from_nsys import MAGIC, read_nsys
 from llmkern.exchange.from_torch import GZIP, read_torch
-from llmkern.run import RunFolder, RunWriter
+from llmkern.run import RunFolder, RunWriter, to_table
 
+_CAPTURED = ("kernels", "launches", "overheads", "ranges")
 # Passes that tell what kernels and gaps cost, as opposed to when they ran.
 _ENERGY_PASSES = ("selftest", "weigh", "replay", "inspect")
 _ENERGY_FACTS = ("options", "model", "prompts", "host", "versions", "calibration", "plan", "own_cost", "sensors")
@@ -28,12 +30,17 @@ def import_capture(
     are phases (name → phase). Raises UsageError for a file that is none of the known formats or torn.
     """
     weighed = RunFolder(energy) if energy is not None else None
-    capture = with_phases(_read(path), phases or {})
-    facts = _facts(capture, weighed)
+    try:
+        capture = with_phases(_read(path), phases or {})
+        facts = _facts(capture, weighed)
+        tables = [(name, _table(name, getattr(capture, name))) for name in _CAPTURED if len(getattr(capture, name))]
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        raise UsageError(
+            f"{path} holds values that no capture has ({str(error).splitlines()[0]}): export the capture again."
+        ) from error
     writer = RunWriter(out, facts, force=force)
-    for name in ("kernels", "launches", "ranges"):
-        frame = getattr(capture, name)
-        writer.append(name, {column: _plain(frame[column]) for column in frame.columns})
+    for name, table in tables:
+        writer.append(name, dict(zip(table.column_names, table.columns, strict=True)))
     if weighed is not None:
         _add_energy(writer, weighed)
     writer.finish()
@@ -98,17 +105,26 @@ def _facts(capture: Capture, weighed: RunFolder | None) -> dict[str, Any]:
 
 def _add_energy(writer: RunWriter, weighed: RunFolder) -> None:
     device, own = writer.facts["device"]["index"], weighed.facts["device"]["index"]
-    for name in ("ranges", "kernels", "launches"):
+    for name in _CAPTURED:
         frame = weighed.table(name)
         frame = frame[frame["pass"].isin(_ENERGY_PASSES)]
         if "device" in frame:
             frame = frame.assign(device=frame["device"].where(frame["device"] != own, device))
-        writer.append(name, {column: _plain(frame[column]) for column in frame.columns})
+        _append(writer, name, frame)
     for name in ("ops", "replays", "power", "energy"):
         frame = weighed.table(name)
         if "device" in frame:
             frame = frame.assign(device=frame["device"].where(frame["device"] != own, device))
+        _append(writer, name, frame)
+
+
+def _append(writer: RunWriter, name: str, frame: pd.DataFrame) -> None:
+    if len(frame):
         writer.append(name, {column: _plain(frame[column]) for column in frame.columns})
+
+
+def _table(name: str, frame: pd.DataFrame) -> pa.Table:
+    return to_table(name, {column: _plain(frame[column]) for column in frame.columns})
 
 
 def _plain(column: pd.Series) -> Any:
