@@ -125,6 +125,16 @@ def analysis(document: dict[str, Any]) -> list[str]:
     return rows
 
 
+def export(document: dict[str, Any]) -> list[str]:
+    told = []
+    for found in document["cases"]:
+        m = {k: v["value"] for k, v in found["metrics"].items()}
+        told.append(f"`--to {found['name']}` {m['export']:.0f} s, {m['size'] / 1e6:.0f} MB")
+    kernels = document["cases"][0]["metrics"]["kernels"]["value"]
+    what = "kernels with their gaps, host calls and joules, read, attributed and written"
+    return [f"{kernels:,.0f} {what}: {'; '.join(told)}."]
+
+
 def report() -> list[str]:
     """Return the short report of qwen-7b int8 as bench.matrix left it."""
     (file,) = RESULTS.glob("report-qwen-7b-int8-nvidia-h100*.txt")
@@ -137,6 +147,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "overhead": overhead,
     "recorder_load": recorder_load,
     "analysis": analysis,
+    "export": export,
 }
 
 

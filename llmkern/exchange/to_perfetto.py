@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import queue
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,24 +28,58 @@ _COLOURS = {
 }
 # The devices' process ids in the file; no process of a system has such a number.
 _GPU, _GAPS = 1_000_000, 0
-_LEVEL = 9
+_LEVEL = 8
+# Batches that wait to be compressed, at most.
+_QUEUED = 16
 
 
 def write_perfetto(overlay: Overlay, path: Path) -> Path:
     """Write *overlay* to *path* (.json.gz) and return it; times are µs since baseTimeNanoseconds, the first event."""
     base_ns = overlay.start_ns
-    with gzip.open(path, "wt", compresslevel=_LEVEL, encoding="utf-8") as file:
+    with gzip.open(path, "wb", compresslevel=_LEVEL) as file, _Compressing(file) as beside:
         head = {"displayTimeUnit": "ns", "baseTimeNanoseconds": base_ns, "otherData": {"title": overlay.title}}
-        file.write(json.dumps(head)[:-1] + ', "traceEvents": [\n')
-        _Events(file, overlay, base_ns).write()
-        file.write("\n]}\n")
+        beside.write(json.dumps(head)[:-1] + ', "traceEvents": [\n')
+        _Events(beside, overlay, base_ns).write()
+        beside.write("\n]}\n")
     return path
+
+
+class _Compressing:
+    """Compresses on a thread of its own, which takes as long as making the events does; errors come at the end."""
+
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self._file = file
+        self._texts: queue.Queue[str | None] = queue.Queue(_QUEUED)
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._loop, name="llmkern-gzip")
+
+    def __enter__(self) -> _Compressing:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._texts.put(None)
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
+
+    def write(self, text: str) -> None:
+        self._texts.put(text)
+
+    def _loop(self) -> None:
+        while (text := self._texts.get()) is not None:
+            if self._error is None:
+                try:
+                    self._file.write(text.encode())
+                except Exception as error:
+                    # The rest is taken and dropped, so that the writer is not left waiting.
+                    self._error = error
 
 
 class _Events:
     """Writes one event after the other; a million of them are not held at once."""
 
-    def __init__(self, file: TextIO, overlay: Overlay, base_ns: int) -> None:
+    def __init__(self, file: _Compressing, overlay: Overlay, base_ns: int) -> None:
         self._file = file
         self._overlay = overlay
         self._base_ns = base_ns

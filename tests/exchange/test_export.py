@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from llmkern.attribute.attribution import attribute
-from llmkern.errors import UsageError
+from llmkern.errors import RecordingError, UsageError
 from llmkern.exchange.exporting import export_run, parse_tokens
 from llmkern.exchange.importing import import_capture
 from llmkern.exchange.overlay import Overlay, cut, overlay
@@ -212,6 +212,11 @@ def test_the_command_writes_beside_the_run_and_overwrites_nothing(tmp_path: Path
     assert_sentence(llmkern("export", str(run), "--to", "perfetto"), "is not overwritten", "--force")
     assert_sentence(llmkern("export", str(run), "--to", "nsys", "--pass", "calls"), "nothing was traced")
     assert_sentence(llmkern("export", str(tmp_path / "none"), "--to", "nsys"), "is not a run folder")
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match=r"writing /dev/full failed \(No space left on device\)"):
+        export_run(recorded_run("int4").path, "perfetto", Path("/dev/full"), force=True)
 
 
 def test_an_interrupted_run_is_exported_as_far_as_it_goes(tmp_path: Path) -> None:
