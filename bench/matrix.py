@@ -92,6 +92,7 @@ def _case(name: str, model: str, found: Attribution, wall_s: float, run: RunFold
             metrics[f"{phase}_energy"] = metric(weight.energy_j, "J")
             metrics[f"{phase}_kernel_energy"] = metric(account.kernel_j, "J")
             metrics[f"{phase}_gap_energy"] = metric(account.gap_j, "J")
+            metrics[f"{phase}_named_energy"] = metric(_named(found, phase), "1")
             if weight.energy_by_ranges_j is not None:
                 value = weight.energy_by_ranges_j.value / weight.energy_j.value - 1
                 metrics[f"{phase}_energy_ranges_vs_difference"] = metric(value, "1")
@@ -110,6 +111,17 @@ def _case(name: str, model: str, found: Attribution, wall_s: float, run: RunFold
     parameters = {k: options[k] for k in ("precision", "batch", "new_tokens", "outliers", "repeats", "seed")}
     parameters |= {"model": model, "prompt_tokens": run.facts["prompts"]["tokens"], "plan": run.facts["plan"]}
     return case(name, parameters, metrics, dropped == 0)
+
+
+def _named(found: Attribution, phase: str) -> float:
+    """Return the share of the phase's energy whose kernel has a kind, or whose gap has a cause."""
+    energy = found.accounts[phase].weight.energy_j
+    assert energy is not None
+    kernels, gaps = found.split(phase, ["kind"]), found.split_gaps(phase, ["cause"])
+    named_j = kernels.loc[kernels["kind"].astype(str) != "other", "energy_j"].sum()
+    named_j += gaps.loc[gaps["cause"].astype(str) != "unknown", "energy_j"].sum()
+    # What the books leave over has no name either, on whichever side it is.
+    return float(1 - abs(1 - named_j / energy.value))
 
 
 def _ratios(found: dict[str, Attribution]) -> list[dict[str, Any]]:

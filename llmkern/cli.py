@@ -88,6 +88,11 @@ _DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when somet
 )
 @click.option("--quick", is_flag=True, help="Leave out the replays: kernels of equal duration then get equal energy.")
 @click.option("--no-cache", is_flag=True, help="Replay anew what was replayed on this board before.")
+@click.option(
+    "--annotate-only",
+    is_flag=True,
+    help="Record no kernels: for 'nsys profile', which does; weigh energy, emit NVTX ranges and power.",
+)
 @click.option("--estimate-ram", is_flag=True, help="Add a documented estimate of the host RAM's energy.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Run folder to write.  [default: runs/DATE-MODEL-PRECISION]"
@@ -175,6 +180,12 @@ def diff(
 )
 @click.option("--phase", type=click.Choice(["prefill", "decode"]), help="Only this phase.")
 @click.option("--tokens", metavar="A:B", help="Only these token steps.")
+@click.option(
+    "--merge",
+    metavar="CAPTURE.nsys-rep",
+    type=click.Path(path_type=Path),
+    help="nsys: a native report with this capture in it; so is one whose --out ends in .nsys-rep.",
+)
 @_DEBUG
 def export(
     run_folder: Path,
@@ -184,6 +195,7 @@ def export(
     pass_name: str | None,
     phase: str | None,
     tokens: str | None,
+    merge: Path | None,
     debug: bool,
 ) -> None:
     """Write RUN for another tool: kernels and gaps with their joules, host calls, ranges, power."""
@@ -197,6 +209,7 @@ def export(
         passes=PASSES if pass_name is None else (pass_name,),
         phase=phase,
         tokens=None if tokens is None else parse_tokens(tokens),
+        merge=merge,
         force=force,
     )
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.iterdir()))

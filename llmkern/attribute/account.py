@@ -74,7 +74,7 @@ def account_phase(
     """
     traced = timeline.phases[timeline.phases["phase"] == weight.phase]
     steps = int(traced["tokens"].sum())
-    if steps == 0:
+    if steps == 0 or not traced["kernels"].any():
         return None
     busy_s = float(traced["busy_ns"].sum()) / 1e9 / steps
     latency = weight.latency_s

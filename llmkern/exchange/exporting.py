@@ -10,6 +10,7 @@ from llmkern.attribute.attribution import attribute
 from llmkern.errors import RecordingError, UsageError
 from llmkern.exchange.overlay import PASSES, Overlay, cut, overlay
 from llmkern.exchange.to_nsys import write_nsys
+from llmkern.exchange.to_nsys_report import SUFFIX, write_report
 from llmkern.exchange.to_perfetto import write_perfetto
 from llmkern.exchange.to_tables import write_csv_tables, write_parquet
 from llmkern.run import RunFolder
@@ -39,13 +40,19 @@ def export_run(
     passes: tuple[str, ...] = PASSES,
     phase: str | None = None,
     tokens: tuple[int, int] | None = None,
+    merge: Path | None = None,
     force: bool = False,
 ) -> Path:
     """Write run folder *path* in the format *to* and return the file or folder.
 
-    *phase* and *tokens* (first, last step) cut it. Raises UsageError when *out* exists and *force* is not given.
+    *phase* and *tokens* (first, last step) cut it. With *merge*, or where *out* ends in .nsys-rep, ``nsys`` is a native
+    report. Raises UsageError when *out* exists and *force* is not given.
     """
     sink = SINKS[to]
+    if merge is not None and to != "nsys":
+        raise UsageError(f"--merge puts a run into a capture of Nsight Systems: use it with --to nsys, not {to}.")
+    if to == "nsys" and (merge is not None or (out is not None and out.suffix == SUFFIX)):
+        sink = Sink(lambda found, target: write_report(found, target, merge), SUFFIX)
     target = out or path.with_name(f"{path.name}-{to}{sink.suffix}")
     if target.exists() and not force:
         raise UsageError(f"{target} exists and is not overwritten: choose another name with --out, or add --force.")

@@ -72,6 +72,17 @@ class Annotator:
         )
         return end_ns
 
+    def emit(self, name: str, category: str, payload: Any) -> None:
+        """Open a range for other tools only, with *payload*; :meth:`emit_end` closes the innermost."""
+        self._domain.push_range(self._domain.get_event_attributes(message=name, category=category, payload=payload))
+
+    def emit_end(self) -> None:
+        self._domain.pop_range()
+
+    def counter(self, name: str) -> Any:
+        """Return the NVTX counter *name* of floating-point samples."""
+        return self._domain.get_counter(name, float)
+
     @contextmanager
     def range(self, name: str, category: str, phase: str | None = None, token: int | None = None) -> Iterator[None]:
         self.push(name, category, phase, token)

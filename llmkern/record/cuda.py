@@ -87,7 +87,8 @@ class CudaDevice:
         if os.environ.get(_NSYS_SESSION):
             raise DeviceError(
                 "Nsight Systems started this process: it is another profiler, CUPTI serves one at a time, and its cost "
-                "would be in every joule; run the command without nsys."
+                "would be in every joule; run the command without nsys, or with --annotate-only for nsys to record the "
+                "kernels."
             )
 
 

@@ -29,6 +29,7 @@ class TraceOptions:
     int8_threshold: float = 6.0
     quick: bool = False
     no_cache: bool = False
+    annotate_only: bool = False
     estimate_ram: bool = False
     out: Path | None = None
     force: bool = False

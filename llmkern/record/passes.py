@@ -20,6 +20,7 @@ from llmkern.record.device import Device, EnergyMeter
 from llmkern.record.engine import taken_apart
 from llmkern.record.generation import Generation
 from llmkern.record.inspection import NEW_TOKENS, inspect
+from llmkern.record.live import annotate_generations
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump
 from llmkern.record.replay import DUTIES, Keeper, replay
@@ -57,6 +58,21 @@ def record_passes(
         with _timed("weigh", took_s):
             cost = _weigh(generation, annotator, meters, writer, stages, plan)
         writer.write_facts(plan=asdict(plan), own_cost=cost)
+        if options.annotate_only:
+            with _timed("time", took_s), stages.stage("Annotating", options.trace_repeats) as advance:
+                annotate_generations(
+                    device,
+                    generation,
+                    model,
+                    annotator,
+                    meters,
+                    writer,
+                    new_tokens=options.new_tokens,
+                    repeats=options.trace_repeats,
+                    advance=advance,
+                )
+            writer.write_facts(sensors={meter.name: meter.facts() for meter in meters}, pass_s=took_s)
+            return
         # On the CPU an operator is its own host call.
         passes = {"calls": 1} if device.kind == "cuda" else {}
         passes["time"] = options.trace_repeats

@@ -42,7 +42,8 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
     started_s = time.monotonic()
     spec = find_model(options.model)
     device = choose_device(options.device)
-    device.check_unprofiled()
+    if not options.annotate_only:
+        device.check_unprofiled()
     if options.engine == "graph":
         check_graph(device.kind)
     check_precision(options.precision, device.kind, device.capability(), have_bitsandbytes())
@@ -73,7 +74,7 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
             _record(options, spec, prompts, device, writer, stages)
         with stages.stage("Merging the segments", len(TABLES)) as advance:
             writer.finish(advance, elapsed_s=round(time.monotonic() - started_s, 3))
-        if not options.quick and not options.no_cache:
+        if not (options.quick or options.no_cache or options.annotate_only):
             run = RunFolder(folder)
             found = attribute(run, equal_power=True)
             key = replay_cache.cache_key(run.facts["device"], run.facts["versions"])

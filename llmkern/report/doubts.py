@@ -62,6 +62,11 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
             "that llmkern weighed, for joules.",
             *(f"The capture lacks {what}." for what in run.facts["imported"]["missing"]),
         ]
+    if run.facts.get("options", {}).get("annotate_only") and "imported" not in run.facts:
+        return [
+            "No kernels were recorded (--annotate-only): export the profiler's capture and complete this run with "
+            f"'llmkern import CAPTURE.sqlite --energy {run.path}'.",
+        ]
     if weighed is None:
         return ["No complete weigh window was recorded, so there are no latencies or joules per phase."]
     if any(p.energy_j is None for p in weighed.phases.values()):
