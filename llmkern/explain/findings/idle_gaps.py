@@ -5,7 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.identify import UNIDENTIFIED
 from llmkern.explain.finding import WORTH_TELLING, Finding, cost, layer_waits, operator_name, readable, share_of
+from llmkern.text import quantity
 
 # Boundaries between token steps are a finding of their own, and so are waits inside layers.
 _WHY = {
@@ -42,7 +44,7 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
                     f"idle_{cause}",
                     phase,
                     account.unit,
-                    f"The device idles in {own['launches'].sum():,.0f} gaps because {_WHY[str(cause)]}{_mostly(own)}.",
+                    f"The device idles in {_gaps(own['launches'].sum())} because {_WHY[str(cause)]}{_mostly(own)}.",
                     energy_j,
                     time_s,
                     "idle floor (W) x weighed gap time, shared by the traced gaps of this cause",
@@ -55,12 +57,17 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
 
 
 def _mostly(rows: pd.DataFrame) -> str:
-    """Say in which operators most of the time of *rows* is."""
+    """Say in which operators most of the time of *rows* is, nothing where none is known."""
+    rows = rows[rows["op"] != UNIDENTIFIED]
     by_op = (
         rows.groupby("op", sort=False)[["launches", "duration_ns"]].sum().sort_values("duration_ns", ascending=False)
     )
     parts = [
-        f"{operator_name(op)} {row['launches']:,.0f} gaps, {row['duration_ns'] / 1e6:.1f} ms"
+        f"{operator_name(op)} {_gaps(row['launches'])}, {quantity(row['duration_ns'] / 1e9, 's')}"
         for op, row in by_op.head(2).iterrows()
     ]
-    return f": {'; '.join(parts)}"
+    return f": {'; '.join(parts)}" if parts else ""
+
+
+def _gaps(number: float) -> str:
+    return "1 gap" if round(number) == 1 else f"{number:,.0f} gaps"
