@@ -46,7 +46,8 @@ class Counter:
 class Overlay:
     """Kernels, gaps, host calls, ranges and counters of the traced passes; times in CLOCK_REALTIME ns.
 
-    ``kernels``: columns of table kernels and phase, token, op, module, layer, what (the kind of work), energy_j.
+    ``kernels``: columns of table kernels and phase, instance (which prefill or decode of its pass), token, op, module,
+    layer, what (the kind of work), energy_j.
     ``gaps``: pass, start_ns, end_ns, phase, token, cause, op, module, what (of the kernel that ended it), energy_j.
     ``launches``, ``overheads`` and ``ranges``: as in the run folder; a range of category ``pass`` holds each pass.
     """
@@ -123,18 +124,7 @@ def cut(found: Overlay, phase: str | None = None, tokens: tuple[int, int] | None
         there = ", ".join(str(p) for p in found.kernels["phase"].dropna().unique())
         last = found.kernels["token"].max()
         raise UsageError(f"no kernel belongs to {' and '.join(told)}: the run has {there}, tokens up to {last:.0f}.")
-    spans = [
-        (
-            int(min(own["start_ns"].min(), launched["start_ns"].min() if len(launched) else own["start_ns"].min())),
-            int(own["end_ns"].max()),
-        )
-        for name, own in kernels.groupby("pass", observed=True)
-        for launched in [
-            found.launches[
-                (found.launches["pass"] == name) & found.launches["correlation_id"].isin(own["correlation_id"])
-            ]
-        ]
-    ]
+    spans = [_span(own, found.launches) for _, own in kernels.groupby(["pass", "instance"], observed=True)]
 
     def overlaps(start_ns: np.ndarray, end_ns: np.ndarray) -> np.ndarray:
         keep = np.zeros(len(start_ns), bool)
@@ -142,16 +132,23 @@ def cut(found: Overlay, phase: str | None = None, tokens: tuple[int, int] | None
             keep |= (start_ns <= last) & (end_ns >= first)
         return keep
 
+    frames = {name: getattr(found, name) for name in ("launches", "overheads", "ranges")}
     frames = {
         name: frame[overlaps(frame["start_ns"].to_numpy(), frame["end_ns"].to_numpy())]
-        for name in ("launches", "overheads", "ranges")
-        for frame in [getattr(found, name)]
+        for name, frame in frames.items()
     }
     counters = []
     for counter in found.counters:
         keep = overlaps(counter.timestamp_ns, counter.timestamp_ns)
         counters.append(replace(counter, timestamp_ns=counter.timestamp_ns[keep], value=counter.value[keep]))
     return replace(found, kernels=kernels, gaps=gaps, **frames, counters=counters)
+
+
+def _span(kernels: pd.DataFrame, launches: pd.DataFrame) -> tuple[int, int]:
+    """Return from the first launch of *kernels*, or their own start where none is known, to their end."""
+    issued = launches[launches["correlation_id"].isin(kernels["correlation_id"])]["start_ns"]
+    start_ns = int(kernels["start_ns"].min())
+    return min(start_ns, int(issued.min())) if len(issued) else start_ns, int(kernels["end_ns"].max())
 
 
 def _title(facts: dict[str, Any]) -> str:
@@ -203,6 +200,7 @@ def _kernels(
     seconds = (placed["end_ns"] - placed["start_ns"]).to_numpy() / 1e9
     known = known.assign(
         phase=placed["phase"].astype(object).to_numpy(),
+        instance=placed["instance"].to_numpy(),
         token=placed["token"].to_numpy(),
         energy_j=power.to_numpy() * seconds,
     )
