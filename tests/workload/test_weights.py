@@ -63,17 +63,17 @@ def test_the_output_is_finite_and_not_constant(precision: str) -> None:
 
 def test_outliers_are_where_they_are_planted() -> None:
     # Attention's pattern differs from sequence to sequence: a single short one may pass the threshold in down_proj at
-    # a quarter of its tokens, eight long ones hardly ever.
-    ids = torch.randint(10, 500, (8, 256), generator=torch.Generator().manual_seed(0))
+    # a quarter of its tokens, four long ones hardly ever. In fp32, which CPUs multiply several times faster than bf16.
+    ids = torch.randint(10, 500, (4, 256), generator=torch.Generator().manual_seed(0))
     wide = {"name": "qwen-7b", "num_hidden_layers": 1, "vocab_size": 512}
-    model, plan = build(outliers=6, **wide)
+    model, plan = build("fp32", outliers=6, **wide)
     assert plan is not None
     assert len(plan.dimensions) == 6
     shares = outlier_shares(model, ids)
     for name, share in shares.items():
         planted = name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
         assert share > 0.9 if planted else share < 0.1, name
-    bare, none = build(outliers=0, **wide)
+    bare, none = build("fp32", outliers=0, **wide)
     assert none is None
     assert set(outlier_shares(bare, ids).values()) == {0.0}
 
