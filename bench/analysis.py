@@ -25,7 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from bench.result import case, metric, write
-from llmkern.run import TABLES, RunFolder, grouped
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.schema import TABLES
+from llmkern.runfolder.writer import grouped
 
 REPEATED = ("calls", "time")
 DEFAULT_RUN = Path(__file__).parents[1] / "tests" / "data" / "h100-qwen-7b-int4"
@@ -37,7 +39,7 @@ begin = time.perf_counter()
 from pathlib import Path
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 imported = time.perf_counter()
 found = attribute(RunFolder(Path(sys.argv[1])))
 attributed = time.perf_counter()

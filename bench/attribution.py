@@ -17,35 +17,27 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from bench.planted import CATEGORY, CPU_PLANTS, GPU_PLANTS, Plant, Planted, Work, signatures_of
 from bench.result import case, metric, write
-from bench.workload import generation_of
+from bench.workload import loaded_at, published, rig_of
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.marginal import interval
-from llmkern.attribute.replayed import to_cache
-from llmkern.progress import Stages
-from llmkern.record import environment, replay_cache
-from llmkern.record.annotate import Annotator
-from llmkern.record.choose import choose_device
-from llmkern.record.device import Device, EnergyMeter
-from llmkern.record.generation import Generation
+from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions
-from llmkern.record.passes import record_passes
-from llmkern.record.weigh import IDLE_WINDOW_S, RARE_TICK_S, pace, wait_for_ticks
-from llmkern.run import RunFolder, RunWriter
-from llmkern.workload.load import load_model
-from llmkern.workload.models import find_model
+from llmkern.record.passes.weigh import IDLE_WINDOW_S
+from llmkern.record.rig import RARE_TICK_S, Rig
+from llmkern.runfolder import RunFolder
+from llmkern.session import keep_replays, record
 
 ERROR_LIMIT = 0.08
 NEW_TOKENS = 33
@@ -64,13 +56,13 @@ class Guess:
 class Counter:
     """The counter and temperatures of the first meter, collected window by window."""
 
-    def __init__(self, meters: list[EnergyMeter]) -> None:
-        self._meters = meters
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
         self._energy: list[pd.DataFrame] = []
         self._power: list[pd.DataFrame] = []
 
     def _drain(self) -> None:
-        rows = self._meters[0].drain()
+        rows = self._rig.meters[0].drain()
         plain = {
             table: pd.DataFrame({k: getattr(v, "to_pandas", lambda v=v: v)() for k, v in columns.items()})
             for table, columns in rows.items()
@@ -81,14 +73,14 @@ class Counter:
 
     def window(self, work: Callable[[], object], seconds: float) -> tuple[int, int, int]:
         """Repeat *work* for *seconds* between ticks; return the start and end in ns, and how often it ran."""
-        wait_for_ticks(self._meters, 1)
+        self._rig.wait_for_ticks(1)
         start_ns = time.time_ns()
         count = 0
         while time.time_ns() - start_ns < seconds * 1e9:
             work()
             count += 1
         end_ns = time.time_ns()
-        wait_for_ticks(self._meters, 2)
+        self._rig.wait_for_ticks(2)
         self._drain()
         return start_ns, end_ns, count
 
@@ -102,34 +94,27 @@ class Counter:
         return pd.concat(self._power)[["timestamp_ns", "temperature_c"]].dropna().sort_values("timestamp_ns")
 
 
-def truth(
-    generation: Generation,
-    model: torch.nn.Module,
-    meters: list[EnergyMeter],
-    plant: Plant,
-    work: Work,
-    rounds: int,
-) -> Estimate:
+def truth(rig: Rig, plant: Plant, work: Work, rounds: int) -> Estimate:
     """Return the J of one planted call by the counter: above the floor, or of a gap all of them."""
-    counter = Counter(meters)
+    counter = Counter(rig)
     new_tokens = NEW_TOKENS if plant.phase == "decode" else 1
     idle, spans = [], []
 
     def rest() -> None:
-        pace(meters, 0.0)
+        rig.pace(0.0)
         start_ns, end_ns, _ = counter.window(lambda: time.sleep(0.05), IDLE_WINDOW_S)
         idle.append({"start_ns": start_ns, "end_ns": end_ns})
-        pace(meters, RARE_TICK_S)
+        rig.pace(RARE_TICK_S)
 
     rest()
     shuffled = random.Random(plant.name)
     order = [with_ for _ in range(rounds) for with_ in shuffled.sample([True, False], 2)]
     steps = max(1, new_tokens - 1)
-    planted = Planted(model, plant, work, None)
+    planted = Planted(rig.model, plant, work, None)
     for with_ in order:
         planted.seconds = 0.0
         with planted.growing() if with_ else nullcontext():
-            span = counter.window(lambda: generation(new_tokens), WINDOW_S)
+            span = counter.window(lambda: rig.generation(new_tokens), WINDOW_S)
         spans.append((with_, planted.seconds if plant.is_gap else 0.0, *span))
     rest()
     curve, temperature = counter.curve(), counter.temperature()
@@ -154,24 +139,11 @@ def _above_floor_j(
     return joule - floor.at(celsius).value * ((after_ns - before_ns) / 1e9 - planted_s)
 
 
-def record(
-    device: Device,
-    generation: Generation,
-    model: torch.nn.Module,
-    annotator: Annotator,
-    planted: Planted | None,
-    options: TraceOptions,
-    folder: Path,
-) -> RunFolder:
-    """Record a run, with planted work if any; what is replayed in it is cached for the cases to come."""
-    writer = RunWriter(folder, {"device": device.facts(), "options": options.facts()})
-    with planted.growing() if planted is not None else nullcontext():
-        record_passes(device, generation, model, annotator, writer, Stages(quiet=True), options)
-    writer.finish()
-    run = RunFolder(folder)
-    found = attribute(run, equal_power=True)
-    key = replay_cache.cache_key(run.facts["device"], environment.versions())
-    replay_cache.store(key, to_cache(run, found.weighed, (found.sensor, found.device)))
+def recorded(rig: Rig) -> RunFolder:
+    """Record all passes of *rig*; what is replayed is cached for the cases to come."""
+    record(rig)
+    run = RunFolder(published(rig))
+    keep_replays(run)
     return run
 
 
@@ -265,35 +237,35 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
-    loaded = load_model(
-        find_model(arguments.model), precision=arguments.precision, weights="random", device=device.torch_device
-    )
-    annotator = Annotator()
-    generation = generation_of(device, loaded, annotator, 1, arguments.prompt_tokens)
+    loaded = loaded_at(arguments.model, arguments.precision, device)
     options = TraceOptions(
-        arguments.model, precision=arguments.precision, new_tokens=NEW_TOKENS, warmup=2, repeats=3, trace_repeats=1
+        arguments.model,
+        precision=arguments.precision,
+        prompt_tokens=arguments.prompt_tokens,
+        new_tokens=NEW_TOKENS,
+        warmup=2,
+        repeats=3,
+        trace_repeats=1,
     )
     parameters = {k: getattr(arguments, k) for k in ("model", "precision", "prompt_tokens", "rounds")}
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         # What one case replays of the model the next need not; what the user has cached is left alone.
         os.environ["XDG_CACHE_HOME"] = folder
-        for number, plant in enumerate(GPU_PLANTS if device.kind == "cuda" else CPU_PLANTS):
+        for number, plant in enumerate(CPU_PLANTS if device.capability() is None else GPU_PLANTS):
             if arguments.only and plant.name not in arguments.only:
                 continue
             work = plant.make(device.torch_device)
-            planted = Planted(loaded.model, plant, work, annotator)
             path = (arguments.runs or Path(folder)) / f"planted-{number}"
-            run = record(device, generation, loaded.model, annotator, planted, options, path)
+            rig = rig_of(device, loaded, options, path, tuple(device.meters()))
+            planted = Planted(loaded.model, plant, work, rig.annotator)
+            with planted.growing():
+                run = recorded(rig)
             guessed = guess(run, plant, work, planted.calls_per_step)
-            meters = device.meters()
-            with ExitStack() as stack:
-                for meter in meters:
-                    meter.start()
-                    stack.callback(meter.stop)
+            with rig.metered():
                 time.sleep(0.5)
-                known = truth(generation, loaded.model, meters, plant, work, arguments.rounds)
-            annotator.drain()
+                known = truth(rig, plant, work, arguments.rounds)
+            rig.annotator.drain()
             # With these a case can be judged again from its kept run folder, without the device.
             again = {"run": path.name, "operators": signatures_of(work), "calls": planted.calls_per_step}
             cases.append(compare(plant, known, guessed, parameters | again))

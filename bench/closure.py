@@ -16,28 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.attribution import record
+from bench.attribution import recorded
 from bench.result import case, metric, write
-from bench.workload import generation_of
+from bench.workload import loaded_at, rig_of
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.marginal import Marginals, estimate_marginals
-from llmkern.record.annotate import Annotator
-from llmkern.record.choose import choose_device
-from llmkern.record.device import Device
+from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions
-from llmkern.run import RunFolder
-from llmkern.workload.load import LoadedModel, load_model
-from llmkern.workload.models import find_model
 
 LIMITS = {"prefill": 0.05, "decode": 0.03}
-
-
-def recorded(
-    device: Device, loaded: LoadedModel, options: TraceOptions, annotator: Annotator, folder: Path
-) -> RunFolder:
-    """Record the workload of *options* with the model that is loaded."""
-    generation = generation_of(device, loaded, annotator, options.batch, options.prompt_tokens or 0)
-    return record(device, generation, loaded.model, annotator, None, options, folder)
 
 
 def held_out(known: Attribution, other: Attribution) -> Marginals:
@@ -106,10 +93,7 @@ def main() -> None:
     parameters = {k: getattr(arguments, k) for k in ("model", "known", "other")}
     cases: list[dict[str, Any]] = []
     for precision in arguments.precision:
-        loaded = load_model(
-            find_model(arguments.model), precision=precision, weights="random", device=device.torch_device
-        )
-        annotator = Annotator()
+        loaded = loaded_at(arguments.model, precision, device)
         with tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_CACHE_HOME"] = folder
             found = []
@@ -125,7 +109,7 @@ def main() -> None:
                     trace_repeats=1,
                 )
                 path = (arguments.runs or Path(folder)) / f"{precision}-{name}"
-                found.append(attribute(recorded(device, loaded, options, annotator, path)))
+                found.append(attribute(recorded(rig_of(device, loaded, options, path, tuple(device.meters())))))
         del loaded
         cases += compare(precision, found[0], found[1], parameters)
         write("closure", cases, arguments.results)

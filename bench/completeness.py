@@ -17,32 +17,30 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, StaticCache
 
 from bench.result import case, metric, write
-from llmkern.record.choose import choose_device
-from llmkern.record.device import Device
-from llmkern.workload.load import load_model
-from llmkern.workload.models import find_model
+from bench.workload import loaded_at
+from llmkern.record.device.choose import choose_device
+from llmkern.record.device.interface import Device
+from llmkern.runfolder.facts import RecorderFacts
 
 Step = Callable[[], None]
 PROMPT_TOKENS = 64
 
 
-def count_ours(device: Device, step: Step) -> tuple[Counter[str], dict[str, Any]]:
+def count_ours(device: Device, step: Step) -> tuple[Counter[str], RecorderFacts]:
     """Return how often each kernel or copy ran in one *step* by our recorder, and the recorder's facts."""
-    recorder = device.recorder()
-    recorder.start()
-    try:
+    with device.recorder() as recorder:
+        recorder.start()
         step()
         device.synchronize()
         recorder.discard()
         step()
         device.synchronize()
-    finally:
         recorder.stop()
-    rows = recorder.drain()["kernels"]
+        rows, facts = recorder.drain()["kernels"], recorder.facts()
     kinds, names = rows["kind"].to_pylist(), rows["name"].to_pylist()
     # The two tools word copies and memsets differently: their kind is enough to compare.
     counted = Counter(n if k == "kernel" else k for k, n in zip(kinds, names, strict=True))
-    return counted, recorder.facts()
+    return counted, facts
 
 
 def count_profiler(device: Device, step: Step) -> Counter[str]:
@@ -130,7 +128,7 @@ def each_step(model: str, device: Device, count: Callable[[Device, Step], Any]) 
     """Return what *count* finds in one token step of *model* at each precision, and in a CUDA graph of it."""
     found = {}
     for precision in ("bf16", "int8", "int4"):
-        loaded = load_model(find_model(model), precision=precision, weights="random", device=device.torch_device)
+        loaded = loaded_at(model, precision, device)
         found[precision] = count(device, decode_step(loaded.model, device))
         if precision == "bf16":
             found["bf16 graph"] = count(device, graph_step(loaded.model, device))
@@ -149,10 +147,7 @@ def main() -> None:
     # torch.profiler keeps CUPTI once it has it, so ours counts everything first; seeds make the steps the same.
     ours = each_step(arguments.model, device, count_ours)
     theirs = each_step(arguments.model, device, count_profiler)
-    cases = [
-        compared(name, counted, facts["dropped_records"] + facts["lost_timestamps"], theirs[name])
-        for name, (counted, facts) in ours.items()
-    ]
+    cases = [compared(name, counted, facts.lost, theirs[name]) for name, (counted, facts) in ours.items()]
     print(write("completeness", cases, arguments.results))
 
 

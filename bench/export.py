@@ -15,7 +15,7 @@ from pathlib import Path
 from bench.analysis import DEFAULT_RUN, repeat_run
 from bench.result import case, metric, write
 from llmkern.exchange.exporting import SINKS, export_run
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 MOST_S, MOST_BYTES = 30.0, 40e6
 

@@ -25,16 +25,16 @@ import torch
 
 from bench.planted import CATEGORY, Plant, Planted, Work
 from bench.result import case, metric, write
-from bench.workload import generation_of
+from bench.workload import loaded_at, published, rig_of
 from llmkern.attribute.causes import gap_causes
 from llmkern.attribute.timeline import Timeline, read_calls, read_timeline
 from llmkern.record.annotate import Annotator
-from llmkern.record.choose import choose_device
-from llmkern.record.generation import Generation
-from llmkern.record.timing import record_timeline
-from llmkern.run import RunFolder, RunWriter
-from llmkern.workload.load import load_model
-from llmkern.workload.models import find_model
+from llmkern.record.device.choose import choose_device
+from llmkern.record.device.interface import Device
+from llmkern.record.options import TraceOptions
+from llmkern.record.passes.timeline import record_timeline
+from llmkern.runfolder import RunFolder
+from llmkern.workload.load import LoadedModel
 
 MODEL, PROMPT_TOKENS, NEW_TOKENS, REPEATS = "qwen-tiny", 32, 6, 4
 IDLE_S = 300e-6
@@ -148,34 +148,28 @@ def between_forwards(model: Any, work: Work, annotator: Annotator, name: str) ->
         del model._update_model_kwargs_for_generation
 
 
-def record(device: Any, generation: Generation, model: Any, annotator: Annotator, plant: GapPlant, out: Path) -> Path:
+def record(device: Device, loaded: LoadedModel, plant: GapPlant, out: Path) -> Path:
     """Record pass calls with the plant growing and return the run folder."""
     work = plant.make(device.torch_device)
     work()
-    writer = RunWriter(out, {"device": device.facts(), "plant": plant.name, "cause": plant.cause}, force=True)
+    options = TraceOptions(MODEL, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS)
+    rig = rig_of(device, loaded, options, out)
+    rig.writer.note(labels={"plant": plant.name, "cause": plant.cause})
+    for _ in range(3):
+        rig.generation(NEW_TOKENS)
+    rig.annotator.drain()
     if plant.between:
-        growing = between_forwards(model, work, annotator, plant.name)
+        growing = between_forwards(loaded.model, work, rig.annotator, plant.name)
     else:
-        growing = Planted(model, Plant(plant.name, 1, plant.make), work, annotator).growing()
+        growing = Planted(loaded.model, Plant(plant.name, 1, plant.make), work, rig.annotator).growing()
     with growing:
-        record_timeline(
-            device,
-            generation,
-            annotator,
-            [],
-            writer,
-            pass_name="calls",
-            new_tokens=NEW_TOKENS,
-            repeats=REPEATS,
-            advance=lambda: None,
-        )
-    writer.finish()
-    return out
+        record_timeline(rig, "calls", REPEATS, lambda: None)
+    return published(rig)
 
 
 def named(run: RunFolder, graph: bool) -> pd.Series:
     """Return how many of the planted gaps of *run* were given each cause, "not found" for those without a gap."""
-    device = int(run.facts["device"]["index"])
+    device = run.facts.device.index
     calls = read_calls(run, "calls")
     timeline = read_timeline(run, device, "calls", calls)
     found = gap_causes(timeline, calls, run.table("overheads", where={"pass": "calls"}))
@@ -222,17 +216,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path)
     chosen = parser.parse_args()
     device = choose_device("cuda")
-    loaded = load_model(find_model(MODEL), precision="bf16", weights="random", device=device.torch_device)
-    annotator = Annotator()
-    generation = generation_of(device, loaded, annotator, 1, PROMPT_TOKENS)
-    for _ in range(3):
-        generation(NEW_TOKENS)
-    annotator.drain()
+    loaded = loaded_at(MODEL, "bf16", device)
     cases = []
     with tempfile.TemporaryDirectory() as scratch:
         for plant in PLANTS:
             folder = (chosen.keep or Path(scratch)) / plant.name.replace(" ", "-")
-            run = RunFolder(record(device, generation, loaded.model, annotator, plant, folder))
+            run = RunFolder(record(device, loaded, plant, folder))
             cases.append(judged(plant, named(run, plant.graph)))
             write("gaps", cases, chosen.results)
     print(write("gaps", cases, chosen.results))

@@ -10,13 +10,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench.result import RESULTS, case, metric, slug, write
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.estimate import ratio
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 # What the study's finding rests on comes first, should the machine be taken away.
 CONFIGURATIONS: dict[str, list[str]] = {
@@ -85,7 +86,8 @@ def _case(name: str, model: str, found: Attribution, wall_s: float, run: RunFold
         metrics[f"{phase}_latency"] = metric(weight.latency_s, "s")
         metrics[f"{phase}_launches"] = metric(account.launches, "1")
         metrics[f"{phase}_busy_share"] = metric(account.busy_share, "1")
-        metrics[f"{phase}_recorder_effect"] = metric(account.recorder_effect, "1")
+        if account.recorder_effect is not None:
+            metrics[f"{phase}_recorder_effect"] = metric(account.recorder_effect, "1")
         by_ranges = weight.latency_by_ranges_s.value / weight.latency_s.value - 1
         metrics[f"{phase}_latency_ranges_vs_difference"] = metric(by_ranges, "1")
         if weight.energy_j is not None and account.kernel_j is not None and account.gap_j is not None:
@@ -103,13 +105,15 @@ def _case(name: str, model: str, found: Attribution, wall_s: float, run: RunFold
         metrics["temperature"] = metric(weighed.temperature_c or 0.0, "°C")
         if weighed.samples_j is not None:
             metrics["samples_vs_counter"] = metric(weighed.samples_j / weighed.counter_j - 1, "1")
-    recorder = run.facts.get("recorder", {})
-    dropped = recorder.get("dropped_records", 0) + recorder.get("lost_timestamps", 0)
+    dropped = sum(recorder.lost for recorder in run.facts.recorders.values())
     metrics["dropped_records"] = metric(dropped, "1")
-    metrics["model_build"] = metric(run.facts["model"]["build_s"], "s")
-    options = run.facts["options"]
-    parameters = {k: options[k] for k in ("precision", "batch", "new_tokens", "outliers", "repeats", "seed")}
-    parameters |= {"model": model, "prompt_tokens": run.facts["prompts"]["tokens"], "plan": run.facts["plan"]}
+    facts = run.facts
+    if facts.model is not None and facts.model.build_s is not None:
+        metrics["model_build"] = metric(facts.model.build_s, "s")
+    kept = ("precision", "batch", "new_tokens", "outliers", "repeats", "seed")
+    parameters: dict[str, Any] = {k: getattr(facts.options, k) for k in kept}
+    parameters |= {"model": model, "prompt_tokens": facts.prompts.tokens if facts.prompts is not None else None}
+    parameters["plan"] = asdict(facts.plan) if facts.plan is not None else None
     return case(name, parameters, metrics, dropped == 0)
 
 

@@ -28,18 +28,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bench.result import case, metric, write
-from bench.workload import generation_of
+from bench.workload import loaded_at, rig_of
 from llmkern.attribute.estimate import Estimate, from_samples
-from llmkern.record.annotate import Annotator
-from llmkern.record.choose import choose_device
-from llmkern.record.cuda import cupti_candidates, native
-from llmkern.record.device import Device, KernelRecorder
-from llmkern.record.pump import Pump, Source
-from llmkern.record.timing import flushed, ranges
-from llmkern.record.weigh import RARE_TICK_S, OwnCost, pace
-from llmkern.run import RunWriter
-from llmkern.workload.load import load_model
-from llmkern.workload.models import find_model
+from llmkern.record.device.choose import choose_device
+from llmkern.record.device.cupti import cupti_candidates
+from llmkern.record.device.interface import Device, KernelRecorder
+from llmkern.record.device.native import native
+from llmkern.record.options import TraceOptions
+from llmkern.record.passes.timeline import flushed
+from llmkern.record.passes.weigh import OwnCost
+from llmkern.record.pump import Source
+from llmkern.record.rig import RARE_TICK_S
 
 WEIGH_LIMIT = 0.01
 TIME_LIMIT = 0.05
@@ -126,13 +125,13 @@ class Bench:
 
     def __init__(self, model: str, precision: str, device: Device, prompt_tokens: int) -> None:
         self.device = device
-        loaded = load_model(find_model(model), precision=precision, weights="random", device=device.torch_device)
-        self.annotator = Annotator()
+        loaded = loaded_at(model, precision, device)
         self._model = loaded.model
-        self.generation = generation_of(device, loaded, self.annotator, 1, prompt_tokens)
-        self._inputs = self.generation.inputs
         self._folder = tempfile.TemporaryDirectory()
-        self._writer = RunWriter(Path(self._folder.name) / "run", {})
+        options = TraceOptions(model, precision=precision, prompt_tokens=prompt_tokens)
+        self._rig = rig_of(device, loaded, options, Path(self._folder.name) / "run", tuple(device.meters()))
+        self.generation = self._rig.generation
+        self._inputs = self.generation.inputs
 
     def generate(self, new_tokens: int) -> None:
         """Generate without any hook of llmkern."""
@@ -192,26 +191,20 @@ class Bench:
         """What pass calls adds to every launch: host calls as well, and ranges per layer."""
         with self.recorded(recorder, host_calls=True), self.generation.layers_annotated():
             yield
-        self.annotator.drain()
+        self.generation.annotator.drain()
 
     def own_share(self, *, tracing: bool, seconds: float) -> float:
         """Return for how much of the time llmkern's own threads can hold up the launches in pass weigh or time."""
-        recorder = self.device.recorder()
-        meters = self.device.meters()
-        with ExitStack() as stack:
-            for meter in meters:
-                meter.start()
-                stack.callback(meter.stop)
+        with self._rig.metered(), self.device.recorder() as recorder, ExitStack() as stack:
             # The sensor looks for its tick before it comes to rest.
             time.sleep(0.5)
-            pace(meters, RARE_TICK_S)
-            sources: list[Source] = [lambda: ranges(self.annotator, "weigh"), *(meter.drain for meter in meters)]
+            self._rig.pace(RARE_TICK_S)
+            sources: list[Source] = []
             if tracing:
                 recorder.start(host_calls=False)
-                stack.callback(recorder.stop)
                 sources.append(lambda: flushed(recorder, "time"))
-            pump = stack.enter_context(Pump(self._writer, sources))
-            cost = OwnCost(pump, meters)
+            pump = stack.enter_context(self._rig.pumped("weigh", *sources))
+            cost = OwnCost(pump, self._rig)
             begin_s = time.monotonic()
             while time.monotonic() - begin_s < seconds:
                 with cost.window():
@@ -219,7 +212,8 @@ class Bench:
             if tracing:
                 recorder.stop()
         facts = cost.facts()
-        return (facts["pump_s"] + facts["sensors_s"]) / facts["wall_s"]
+        assert facts is not None
+        return (facts.pump_s + facts.sensors_s) / facts.wall_s
 
 
 def _launches(bench: Bench, say: Callable[[str, str, dict[str, Any], float | None, float], None]) -> None:
@@ -252,7 +246,7 @@ def main() -> None:
     bench = Bench(arguments.model, arguments.precision, choose_device(arguments.device), arguments.prompt_tokens)
     # At full length: the first long generation asks CUDA for memory at every step.
     bench.generate(1 + 4 * arguments.quads * arguments.block)
-    cuda = bench.device.kind == "cuda"
+    cuda = bench.device.capability() is not None
     gpu = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     both = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     cases = []

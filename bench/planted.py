@@ -12,7 +12,7 @@ import torch
 
 from llmkern.record.annotate import Annotator
 from llmkern.record.generation import decoder_layers
-from llmkern.record.inspection import Inspector
+from llmkern.record.passes.inspection import Inspector
 
 CATEGORY = "planted"
 

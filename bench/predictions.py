@@ -17,7 +17,7 @@ from typing import Any
 from bench.result import case, metric, write
 from llmkern.attribute.attribution import attribute
 from llmkern.explain.compare import Difference, compare
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 BAR = 0.15
 # The fix, the run without it and the run with it.

@@ -21,10 +21,13 @@ import pyarrow.parquet as pq
 import torch
 
 from bench.result import case, metric, write
-from llmkern.record.cuda import CuptiRecorder, native
+from llmkern.record.device.cpu import CpuDevice
+from llmkern.record.device.cupti import CuptiRecorder
+from llmkern.record.device.native import native
+from llmkern.record.passes.timeline import flushed
 from llmkern.record.pump import Pump
-from llmkern.record.timing import flushed
-from llmkern.run import RunFolder, RunWriter
+from llmkern.runfolder import RunFolder, RunWriter
+from llmkern.runfolder.facts import RunFacts
 
 MEMORY_LIMIT_BYTES = 2**30
 NAMES = [f"void kernel_{i}<float, {i}>(float*, int)" for i in range(40)]
@@ -106,7 +109,7 @@ def main() -> None:
     recorder = CuptiRecorder()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
-        writer = RunWriter(path, {})
+        writer = RunWriter(path, RunFacts(device=CpuDevice().facts()))
         if arguments.live:
             torch.zeros(1, device="cuda")
             recorder.start()
@@ -120,7 +123,8 @@ def main() -> None:
                     kernels = generated(recorder, arguments.kernels_per_second, arguments.seconds)
                     recorder.settle()
             recorded_s = time.monotonic() - begin_s
-            writer.finish()
+            writer.merge()
+            writer.publish()
         total_s = time.monotonic() - begin_s
         rows = pq.ParquetFile(path / "kernels.parquet").metadata.num_rows
         size_bytes = sum(f.stat().st_size for f in path.iterdir())
@@ -128,7 +132,7 @@ def main() -> None:
     facts = recorder.facts()
     # Replays before the timed part (capture's warm-up) may add kernels, never take any away.
     whole = rows >= kernels if arguments.live else rows == kernels
-    passed = whole and complete and watch.most_bytes < MEMORY_LIMIT_BYTES and facts["dropped_records"] == 0
+    passed = whole and complete and watch.most_bytes < MEMORY_LIMIT_BYTES and facts.dropped_records == 0
     metrics: dict[str, Any] = {
         "kernels": metric(kernels, "1"),
         "rows_in_parquet": metric(rows, "1"),
@@ -138,7 +142,7 @@ def main() -> None:
         "merging": metric(total_s - recorded_s, "s"),
         "kernels_per_second_sustained": metric(kernels / recorded_s, "1/s"),
         "run_folder": metric(size_bytes, "B"),
-        "dropped_records": metric(facts["dropped_records"], "1"),
+        "dropped_records": metric(facts.dropped_records, "1"),
     }
     for name, entry in metrics.items():
         print(f"{name:32s} {entry['value']:16,.1f} {entry['unit']}")

@@ -47,7 +47,7 @@ def case(
 
 
 def gpu_name() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else environment.host()["cpu"]
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else environment.host().cpu
 
 
 def slug() -> str:
@@ -75,7 +75,7 @@ def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, *
             "gpu": gpu_name(),
             "driver": _driver(),
             **environment.versions(),
-            "host_cpu": environment.host()["cpu"],
+            "host_cpu": environment.host().cpu,
         },
         "command": _command(bench),
         **more,

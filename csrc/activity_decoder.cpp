@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 
 namespace llmkern {
 namespace {
@@ -48,6 +49,7 @@ void add_common(KernelColumns& c, Kind kind, int32_t name, uint64_t start, uint6
   c.kind.push_back(kind);
   c.name.push_back(name);
   c.start_ns.push_back(static_cast<int64_t>(start));
+  if (failing_records > 0 && failing_records.fetch_sub(1) > 0) throw std::bad_alloc();
   c.end_ns.push_back(static_cast<int64_t>(end));
   c.device.push_back(static_cast<int32_t>(device));
   c.context.push_back(static_cast<int32_t>(context));

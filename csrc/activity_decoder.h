@@ -1,6 +1,7 @@
 // Turns buffers of CUPTI activity records into columns. Needs no GPU: tests hand it records of their own.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <unordered_map>
 
@@ -13,11 +14,15 @@ struct DecodeCounts {
   int64_t kernels = 0, copies = 0, overheads = 0, lost_timestamps = 0, unknown_records = 0;
 };
 
+// For tests: so many records of all decoders from now on run out of memory in their middle.
+inline std::atomic<int64_t> failing_records{0};
+
 class ActivityDecoder {
  public:
   ActivityDecoder(const CuptiApi& api, NamePool& names) : api_(api), names_(names) {}
 
-  // Appends the records of one buffer to `columns`. Not thread-safe: one decoder belongs to one thread.
+  // Appends the records of one buffer to `columns`. Not thread-safe: one decoder belongs to one thread. May throw where
+  // memory runs out; the columns are then to be trimmed.
   void decode(uint8_t* buffer, size_t size, DeviceColumns& columns, DecodeCounts& counts);
 
  private:

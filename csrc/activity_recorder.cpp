@@ -7,9 +7,27 @@
 namespace llmkern {
 namespace {
 
-// CUPTI's callbacks carry no pointer of ours. A recorder that was ever started is never destroyed (see bindings.cpp):
-// CUPTI may return a buffer after the last flush.
 std::atomic<ActivityRecorder*> active{nullptr};
+std::atomic<int64_t> inside{0};
+
+// A callback's stay in the active recorder, which is not destroyed while one is there. Whoever takes `active` away looks at
+// `inside` afterwards, a callback at `active` after it has raised `inside`: one of the two sees the other.
+class Visit {
+ public:
+  Visit() {
+    ++inside;
+    recorder = active.load();
+  }
+  ~Visit() { --inside; }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+  ActivityRecorder* recorder = nullptr;
+};
+
+void wait_until_left() {
+  while (inside.load() != 0) std::this_thread::yield();
+}
 
 constexpr size_t kAlignment = 8;
 constexpr size_t kMostPooled = 64;  // zeroed buffers kept; more are freed
@@ -22,28 +40,20 @@ uint8_t* allocate(size_t bytes) noexcept { return static_cast<uint8_t*>(std::cal
 ActivityRecorder::ActivityRecorder(const std::vector<std::string>& candidates, const std::string& library)
     : api_(candidates, library), calls_(api_, names_) {}
 
-ActivityRecorder::~ActivityRecorder() {
-  {
-    std::lock_guard<std::mutex> lock(queue_mutex_);
-    quit_ = true;
-  }
-  queue_filled_.notify_all();
-  if (decoder_thread_.joinable()) decoder_thread_.join();
-  for (uint8_t* buffer : pool_) std::free(buffer);
-}
+ActivityRecorder::~ActivityRecorder() { close(); }
 
 void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
+  std::lock_guard<std::mutex> control(control_mutex_);
+  if (closed_) throw RecorderError("this recorder is closed: make another one.", "CLOSED");
   if (running_) return;
-  ActivityRecorder* before = active.load();
-  if (before != nullptr && before != this && before->running_) {
-    throw RecorderError("another llmkern recorder is running in this process: stop it first.", "ALREADY_RUNNING");
-  }
-  active = this;
-  buffer_bytes_ = (buffer_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  buffer_bytes = (buffer_bytes + kAlignment - 1) / kAlignment * kAlignment;
+  // Buffers of another size are of no use any more.
+  if (buffer_bytes != buffer_bytes_.exchange(buffer_bytes)) free_pool();
+  activate();
   try {
     // CUPTI serves one subscriber per process. Asking for the slot is what finds another profiler, which the activity
     // functions alone would silently fight over buffers with.
-    api_.check(api_.subscribe(&subscriber_, reinterpret_cast<CUpti_CallbackFunc>(&CallTracer::on_call), &calls_),
+    api_.check(api_.subscribe(&subscriber_, reinterpret_cast<CUpti_CallbackFunc>(&on_call), nullptr),
                "be subscribed to");
     size_t size = sizeof(uint8_t);
     uint8_t zeroed = 1;
@@ -69,6 +79,43 @@ void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
   running_ = true;
 }
 
+// Takes the place of a recorder that is not running any more.
+void ActivityRecorder::activate() {
+  ActivityRecorder* before = active.load();
+  if (before == this) return;
+  if (before != nullptr && before->running_) {
+    throw RecorderError("another llmkern recorder is running in this process: stop it first.", "ALREADY_RUNNING");
+  }
+  active = this;
+  wait_until_left();
+}
+
+void ActivityRecorder::close() {
+  std::lock_guard<std::mutex> control(control_mutex_);
+  if (closed_) return;
+  stop_locked();
+  closed_ = true;
+  ActivityRecorder* self = this;
+  if (active.compare_exchange_strong(self, nullptr)) wait_until_left();
+  {
+    std::lock_guard<std::mutex> lock(queue_mutex_);
+    quit_ = true;
+  }
+  queue_filled_.notify_all();
+  if (decoder_thread_.joinable()) decoder_thread_.join();
+  free_pool();
+}
+
+void ActivityRecorder::free_pool() {
+  std::lock_guard<std::mutex> lock(pool_mutex_);
+  for (const auto& [data, capacity] : pool_) {
+    std::free(data);
+    --allocated_;
+  }
+  pool_.clear();
+  pool_.shrink_to_fit();
+}
+
 void ActivityRecorder::enable_all(bool host_calls) {
   std::vector<std::pair<CUpti_ActivityKind, const char*>> kinds = {
       {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, "record kernels"},
@@ -91,6 +138,11 @@ void ActivityRecorder::disable_all() noexcept {
 }
 
 void ActivityRecorder::stop() {
+  std::lock_guard<std::mutex> control(control_mutex_);
+  stop_locked();
+}
+
+void ActivityRecorder::stop_locked() {
   if (!running_) return;
   running_ = false;
   disable_all();
@@ -98,30 +150,41 @@ void ActivityRecorder::stop() {
   settle();
   if (subscriber_ != nullptr) api_.unsubscribe(subscriber_);
   subscriber_ = nullptr;
-  // `active` stays this recorder: CUPTI may still hand back a buffer. The next recorder to start takes its place.
+  // `active` stays this recorder until it is closed or the next one starts: CUPTI may still hand back a buffer.
 }
 
 void ActivityRecorder::flush(bool forced) {
   if (running_) api_.flush_all(forced ? CUPTI_ACTIVITY_FLAG_FLUSH_FORCED : 0);
 }
 
+void ActivityRecorder::on_call(void*, CUpti_CallbackDomain domain, CUpti_CallbackId id, const void* data) noexcept {
+  const Visit visit;
+  if (visit.recorder != nullptr) visit.recorder->calls_.on_call(domain, id, data);
+}
+
 void ActivityRecorder::on_buffer_requested(uint8_t** buffer, size_t* size, size_t* max_records) noexcept {
   *max_records = 0;
   *buffer = nullptr;
   *size = 0;
-  ActivityRecorder* self = active.load();
-  if (self == nullptr) return;
+  const Visit visit;
+  if (visit.recorder == nullptr) return;
   try {
-    *buffer = self->take_buffer(size);
+    *buffer = visit.recorder->take_buffer(size);
   } catch (...) {
-    ++self->failed_allocations_;
+    ++visit.recorder->failed_allocations_;
   }
 }
 
 void ActivityRecorder::on_buffer_completed(CUcontext context, uint32_t stream, uint8_t* buffer, size_t size,
                                            size_t valid) noexcept {
-  ActivityRecorder* self = active.load();
-  if (self == nullptr || buffer == nullptr) return;
+  if (buffer == nullptr) return;
+  const Visit visit;
+  ActivityRecorder* self = visit.recorder;
+  if (self == nullptr) {
+    // Later than the last recorder.
+    std::free(buffer);
+    return;
+  }
   // Outside our locks: CUPTI holds its own here, and takes them in the other order while it launches.
   size_t dropped = 0;
   if (self->api_.get_num_dropped_records(context, stream, &dropped) == CUPTI_SUCCESS) {
@@ -137,24 +200,25 @@ void ActivityRecorder::on_buffer_completed(CUcontext context, uint32_t stream, u
 }
 
 uint8_t* ActivityRecorder::take_buffer(size_t* size) {
-  uint8_t* data = nullptr;
   {
     std::lock_guard<std::mutex> lock(pool_mutex_);
     if (!pool_.empty()) {
-      data = pool_.back();
+      const auto [data, capacity] = pool_.back();
       pool_.pop_back();
+      ++in_flight_;
+      *size = capacity;
+      return data;
     }
   }
+  const size_t capacity = buffer_bytes_;
+  uint8_t* data = allocate(capacity);
   if (data == nullptr) {
-    data = allocate(buffer_bytes_);
-    if (data == nullptr) {
-      ++failed_allocations_;
-      return nullptr;
-    }
-    ++allocated_;
+    ++failed_allocations_;
+    return nullptr;
   }
+  ++allocated_;
   ++in_flight_;
-  *size = buffer_bytes_;
+  *size = capacity;
   return data;
 }
 
@@ -163,7 +227,7 @@ void ActivityRecorder::give_buffer(uint8_t* data, size_t used, size_t capacity) 
     std::memset(data, 0, used);
     std::lock_guard<std::mutex> lock(pool_mutex_);
     if (pool_.size() < kMostPooled) {
-      pool_.push_back(data);
+      pool_.emplace_back(data, capacity);
       return;
     }
   }
@@ -172,7 +236,11 @@ void ActivityRecorder::give_buffer(uint8_t* data, size_t used, size_t capacity) 
 }
 
 void ActivityRecorder::inject(const uint8_t* data, size_t size) {
-  start_decoder();
+  {
+    std::lock_guard<std::mutex> control(control_mutex_);
+    if (closed_) throw RecorderError("this recorder is closed: make another one.", "CLOSED");
+    start_decoder();
+  }
   uint8_t* copy = allocate(size);
   if (copy == nullptr) throw std::bad_alloc();
   ++allocated_;
@@ -206,11 +274,24 @@ void ActivityRecorder::decode_loop() {
     queue_.pop_front();
     decoding_ = true;
     lock.unlock();
-    {
+    try {
       std::lock_guard<std::mutex> columns_lock(columns_mutex_);
-      decoder.decode(filled.data, filled.valid, columns_, counts_);
+      try {
+        decoder.decode(filled.data, filled.valid, columns_, counts_);
+      } catch (...) {
+        // Out of memory, most likely: what is left of this buffer is lost and counted, the process goes on.
+        ++failed_decodes_;
+        columns_.trim();
+      }
+    } catch (...) {
+      ++failed_decodes_;
     }
-    give_buffer(filled.data, filled.valid, filled.capacity);
+    try {
+      give_buffer(filled.data, filled.valid, filled.capacity);
+    } catch (...) {
+      std::free(filled.data);
+      --allocated_;
+    }
     lock.lock();
     decoding_ = false;
     queued_bytes_ -= filled.valid;
@@ -259,6 +340,7 @@ std::map<std::string, int64_t> ActivityRecorder::statistics() const {
   std::lock_guard<std::mutex> lock(queue_mutex_);
   found["dropped_records"] = dropped_;
   found["failed_allocations"] = failed_allocations_;
+  found["failed_decodes"] = failed_decodes_;
   found["buffers_allocated"] = allocated_;
   found["buffers_in_flight"] = in_flight_;
   found["launches"] = calls_.traced();

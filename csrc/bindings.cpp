@@ -89,14 +89,14 @@ PYBIND11_MODULE(_recorder, m) {
     }
   });
 
-  // Never destroyed: CUPTI may hand a buffer back after the last flush.
-  py::class_<ActivityRecorder, std::unique_ptr<ActivityRecorder, py::nodelete>>(m, "ActivityRecorder")
+  py::class_<ActivityRecorder>(m, "ActivityRecorder")
       .def(py::init<const std::vector<std::string>&, const std::string&>(),
            py::arg("candidates") = std::vector<std::string>{}, py::arg("library") = "")
       .def_property_readonly("version", [](const ActivityRecorder& r) { return r.api().version; })
       .def("start", &ActivityRecorder::start, py::arg("buffer_bytes") = 1 << 20, py::arg("host_calls") = true,
            py::call_guard<py::gil_scoped_release>())
       .def("stop", &ActivityRecorder::stop, py::call_guard<py::gil_scoped_release>())
+      .def("close", &ActivityRecorder::close, py::call_guard<py::gil_scoped_release>())
       .def("flush", &ActivityRecorder::flush, py::arg("forced") = false, py::call_guard<py::gil_scoped_release>())
       .def("settle", &ActivityRecorder::settle, py::call_guard<py::gil_scoped_release>())
       .def("inject",

@@ -19,7 +19,7 @@ struct Nesting {
 };
 thread_local Nesting nesting;
 
-std::atomic<int64_t> recordings{0};
+std::atomic<int64_t> recordings{0}, tracers{0};
 
 int64_t now_ns() noexcept {
   timespec now{};
@@ -44,18 +44,30 @@ bool is_traced_call(const std::string& call) {
 
 }  // namespace
 
-void CallTracer::enable(CUpti_SubscriberHandle subscriber) {
-  subscriber_ = subscriber;
-  recording_ = ++recordings;
+CallTracer::CallTracer(const CuptiApi& api, NamePool& names) : api_(api), names_(names), number_(++tracers) {}
+
+// Call ids and their versions differ between CUDA versions; their names do not, so the library is asked for them.
+void CallTracer::name_calls() {
   for (const auto domain : {CUPTI_CB_DOMAIN_DRIVER_API, CUPTI_CB_DOMAIN_RUNTIME_API}) {
     auto& ids = api_names_[index_of(domain)];
     ids.assign(kMostCallbackIds, -1);
-    // Call ids and their versions differ between CUDA versions; their names do not, so the library is asked for them.
     for (CUpti_CallbackId id = 1; id < kMostCallbackIds; ++id) {
       const std::string name = api_.callback_name(domain, id);
-      if (name.empty() || !is_traced_call(name)) continue;
-      ids[id] = names_.intern(name);
-      api_.check(api_.enable_callback(1, subscriber, domain, id), ("trace " + name).c_str());
+      if (!name.empty() && is_traced_call(name)) ids[id] = names_.intern(name);
+    }
+  }
+}
+
+void CallTracer::enable(CUpti_SubscriberHandle subscriber) {
+  subscriber_ = subscriber;
+  // A call of the recording before may still be on its way out and look its name up.
+  if (api_names_[0].empty()) name_calls();
+  recording_ = ++recordings;
+  for (const auto domain : {CUPTI_CB_DOMAIN_DRIVER_API, CUPTI_CB_DOMAIN_RUNTIME_API}) {
+    const auto& ids = api_names_[index_of(domain)];
+    for (CUpti_CallbackId id = 1; id < ids.size(); ++id) {
+      if (ids[id] < 0) continue;
+      api_.check(api_.enable_callback(1, subscriber, domain, id), "trace host calls");
       enabled_.emplace_back(domain, id);
     }
   }
@@ -66,19 +78,17 @@ void CallTracer::disable() noexcept {
   enabled_.clear();
 }
 
-void CUPTIAPI CallTracer::on_call(void* tracer, CUpti_CallbackDomain domain, CUpti_CallbackId id,
-                                  const void* data) noexcept {
-  auto* self = static_cast<CallTracer*>(tracer);
+void CallTracer::on_call(CUpti_CallbackDomain domain, CUpti_CallbackId id, const void* data) noexcept {
   if (domain != CUPTI_CB_DOMAIN_DRIVER_API && domain != CUPTI_CB_DOMAIN_RUNTIME_API) return;
   const auto& call = *static_cast<const CUpti_CallbackData*>(data);
   if (call.callbackSite == CUPTI_API_ENTER) {
-    self->begin(call);
+    begin(call);
     return;
   }
   try {
-    self->end(domain, id, call);
+    end(domain, id, call);
   } catch (...) {
-    ++self->lost_;
+    ++lost_;
   }
 }
 
@@ -104,11 +114,12 @@ void CallTracer::end(CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUp
 
 CallTracer::ThreadCalls& CallTracer::of_this_thread() {
   thread_local std::shared_ptr<ThreadCalls> own;
-  thread_local const CallTracer* owner = nullptr;
-  if (owner != this) {
+  // By number: another tracer may come to lie where this one was.
+  thread_local int64_t owner = 0;
+  if (owner != number_) {
     own = std::make_shared<ThreadCalls>();
     own->thread = syscall(SYS_gettid);
-    owner = this;
+    owner = number_;
     std::lock_guard<std::mutex> lock(threads_mutex_);
     threads_.push_back(own);
   }

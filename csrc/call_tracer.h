@@ -16,11 +16,10 @@ namespace llmkern {
 
 class CallTracer {
  public:
-  CallTracer(const CuptiApi& api, NamePool& names) : api_(api), names_(names) {}
+  CallTracer(const CuptiApi& api, NamePool& names);
 
-  // The callback to subscribe with; its user data is the tracer.
-  static void CUPTIAPI on_call(void* tracer, CUpti_CallbackDomain domain, CUpti_CallbackId id,
-                               const void* data) noexcept;
+  // What CUPTI's callback has to be handed on to.
+  void on_call(CUpti_CallbackDomain domain, CUpti_CallbackId id, const void* data) noexcept;
 
   void enable(CUpti_SubscriberHandle subscriber);
   void disable() noexcept;
@@ -46,12 +45,15 @@ class CallTracer {
   void begin(const CUpti_CallbackData& data) noexcept;
   void end(CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUpti_CallbackData& data);
   ThreadCalls& of_this_thread();
+  void name_calls();
 
   const CuptiApi& api_;
   NamePool& names_;
   CUpti_SubscriberHandle subscriber_ = nullptr;
   std::vector<std::pair<CUpti_CallbackDomain, CUpti_CallbackId>> enabled_;
+  // By call id; filled before the first call is traced and never changed afterwards.
   std::vector<int32_t> api_names_[2];
+  const int64_t number_;
   std::atomic<int64_t> recording_{0}, traced_{0}, lost_{0}, nested_{0};
   std::mutex threads_mutex_;
   std::vector<std::shared_ptr<ThreadCalls>> threads_;

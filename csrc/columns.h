@@ -1,6 +1,7 @@
 // Columns of decoded records, in the spelling of the run folder, and the pool of names that they index.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <string>
@@ -14,6 +15,13 @@ struct KernelColumns {
   std::vector<int32_t> device, context, name, grid_x, grid_y, grid_z, block_x, block_y, block_z, registers;
   std::vector<int8_t> kind;
 };
+
+// Cuts columns to the shortest of them: a row that was only begun is no row.
+template <typename... Column>
+void trim_to_shortest(Column&... columns) {
+  const size_t rows = std::min({columns.size()...});
+  (columns.resize(rows), ...);
+}
 
 struct LaunchColumns {
   std::vector<int64_t> start_ns, end_ns, thread, correlation_id;
@@ -29,6 +37,15 @@ struct OverheadColumns {
 struct DeviceColumns {
   KernelColumns kernels;
   OverheadColumns overheads;
+
+  void trim() {
+    auto& k = kernels;
+    trim_to_shortest(k.start_ns, k.end_ns, k.stream, k.correlation_id, k.graph_id, k.graph_node_id, k.shared_bytes,
+                     k.copied_bytes, k.device, k.context, k.name, k.grid_x, k.grid_y, k.grid_z, k.block_x, k.block_y,
+                     k.block_z, k.registers, k.kind);
+    auto& o = overheads;
+    trim_to_shortest(o.start_ns, o.end_ns, o.thread, o.kind);
+  }
 };
 
 inline constexpr const char* kKindNames[] = {"kernel", "memcpy", "memset"};

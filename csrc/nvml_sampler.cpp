@@ -18,14 +18,23 @@ constexpr int64_t kSamplePeriodNs = 900 * kMs;
 // A counter call takes about 3 ms on an H100: begin so early that one call ends before the tick.
 constexpr int64_t kLeadNs = 5 * kMs;
 constexpr int64_t kPauseNs = 500'000;
+// Intervals this close to the shortest are periods; a longer one has a missed tick in it.
+constexpr double kSamePeriod = 1.2;
+constexpr int kPeriodsToLock = 3;
 // A tick known less well than this is not used: two reads per 2 s window must stay under half a percent.
 constexpr int64_t kWorstUncertaintyNs = 8 * kMs;
 
-int64_t now_ns() {
+int64_t read_clock(clockid_t clock) {
   timespec now{};
-  clock_gettime(CLOCK_REALTIME, &now);
+  clock_gettime(clock, &now);
   return now.tv_sec * 1'000'000'000ll + now.tv_nsec;
 }
+
+// This thread goes by the clock that nobody sets; only what it records has the time of day.
+int64_t now_ns() { return read_clock(CLOCK_MONOTONIC); }
+
+// A moment of now_ns() as the time of day.
+int64_t wall_ns(int64_t moment) { return read_clock(CLOCK_REALTIME) - (now_ns() - moment); }
 
 template <typename Call>
 double median_cost_us(Call call) {
@@ -154,17 +163,23 @@ std::map<std::string, double> NvmlSampler::call_costs_us() const {
 }
 
 void NvmlSampler::start() {
+  std::lock_guard<std::mutex> control(control_mutex_);
   if (thread_.joinable()) return;
-  stop_ = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = false;
+  }
   locked_ = false;
   hunting_ = false;
   last_tick_ns_ = 0;
+  periods_ns_.clear();
   last_mj_.reset();
-  last_sample_us_ = static_cast<unsigned long long>(now_ns() / 1000);
+  last_sample_us_ = static_cast<unsigned long long>(read_clock(CLOCK_REALTIME) / 1000);
   thread_ = std::thread(&NvmlSampler::loop, this);
 }
 
 void NvmlSampler::stop() {
+  std::lock_guard<std::mutex> control(control_mutex_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -223,22 +238,31 @@ int64_t NvmlSampler::follow_counter(int64_t now) {
   last_mj_ = energy_mj;
   last_poll_ns_ = middle;
   if (uncertainty > kWorstUncertaintyNs) return end + kPauseNs;  // this thread was held up: hunt the next one
-  if (last_tick_ns_ != 0) {
-    const int64_t passed = tick - last_tick_ns_;
-    const int64_t periods = locked_ ? std::max<int64_t>(1, (passed + period_ns_ / 2) / period_ns_) : 1;
-    periods_ns_.push_back(passed / periods);
-    if (periods_ns_.size() > 15) periods_ns_.pop_front();
-    std::vector<int64_t> sorted(periods_ns_.begin(), periods_ns_.end());
-    std::nth_element(sorted.begin(), sorted.begin() + static_cast<long>(sorted.size() / 2), sorted.end());
-    period_ns_ = sorted[sorted.size() / 2];
-    // Two periods in a row: one could have a missed tick in it.
-    locked_ = periods_ns_.size() >= 2;
-  }
+  if (last_tick_ns_ != 0) learn_period(tick - last_tick_ns_);
   last_tick_ns_ = tick;
-  record_tick(tick, uncertainty, static_cast<int64_t>(energy_mj));
+  record_tick(wall_ns(tick), uncertainty, static_cast<int64_t>(energy_mj));
   if (!locked_) return end + 2 * kMs;
   hunting_ = false;
   return next_hunt(end);
+}
+
+// Takes in the time between two ticks that were seen. Until the period is known every tick is looked for, and one that was
+// missed (this thread was held up) shows as an interval of two: so the period is the shortest interval that comes again.
+void NvmlSampler::learn_period(int64_t passed) {
+  if (locked_ && passed < period_ns_ * 3 / 4) {
+    // A tick where none was expected: what was taken for the period is more than one.
+    locked_ = false;
+    periods_ns_.clear();
+  }
+  periods_ns_.push_back(locked_ ? passed / std::max<int64_t>(1, (passed + period_ns_ / 2) / period_ns_) : passed);
+  if (periods_ns_.size() > 15) periods_ns_.pop_front();
+  std::vector<int64_t> sorted(periods_ns_.begin(), periods_ns_.end());
+  std::sort(sorted.begin(), sorted.end());
+  const auto same = std::upper_bound(sorted.begin(), sorted.end(), static_cast<int64_t>(sorted[0] * kSamePeriod));
+  const auto alike = same - sorted.begin();
+  if (!locked_ && alike < kPeriodsToLock) return;
+  period_ns_ = sorted[static_cast<size_t>(alike / 2)];
+  locked_ = true;
 }
 
 // The time to begin looking for the next wanted tick.
@@ -308,10 +332,11 @@ int64_t NvmlSampler::read_fields(int64_t now) {
       return now + field_period_ns;
     }
   }
+  const int64_t time_ns = wall_ns(now);
   std::lock_guard<std::mutex> lock(mutex_);
   for (int i = 0; i < count; ++i) {
     if (values[i].result != nvml::kSuccess) continue;
-    power_.timestamp_ns.push_back(now);
+    power_.timestamp_ns.push_back(time_ns);
     power_.device.push_back(device_index_);
     power_.sensor.push_back(sensors[i]);
     power_.power_mw.push_back(as_integer(values[i]));

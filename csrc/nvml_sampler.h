@@ -71,6 +71,7 @@ class NvmlSampler {
   int64_t follow_counter(int64_t now_ns);
   int64_t read_fields(int64_t now_ns);
   int64_t read_samples(int64_t now_ns);
+  void learn_period(int64_t passed);
   void record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t energy_mj);
   void failed(int result, const char* what);
 
@@ -81,7 +82,7 @@ class NvmlSampler {
 
   int64_t next_hunt(int64_t now_ns) const;
 
-  // State of the counter's phase lock; of the sampler's thread only.
+  // State of the counter's phase lock; of the sampler's thread only. Times are of CLOCK_MONOTONIC.
   std::optional<unsigned long long> last_mj_;
   bool hunting_ = false;
   int64_t last_poll_ns_ = 0;
@@ -92,6 +93,8 @@ class NvmlSampler {
   bool locked_ = false;
   unsigned long long last_sample_us_ = 0;
 
+  // Taken by whoever starts or stops; never by the sampler's thread.
+  std::mutex control_mutex_;
   mutable std::mutex mutex_;
   std::condition_variable ticked_, stopping_;
   PowerColumns power_;

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "activity_decoder.h"
 #include "cupti_api.h"
 
 namespace py = pybind11;
@@ -177,6 +178,7 @@ class BareCupti {
 void bind_testing(py::module_& parent) {
   auto m = parent.def_submodule("testing", "Activity buffers built by hand, for tests and load generators.");
   const auto none = py::none();
+  m.def("fail_records", [](int64_t count) { failing_records = count; }, py::arg("count"));
   m.def("kernel_records", &kernel_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("names"),
         py::arg("name") = none, py::arg("correlation_id") = none, py::arg("device") = none, py::arg("stream") = none,
         py::arg("graph_id") = none, py::arg("graph_node_id") = none);

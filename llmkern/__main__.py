@@ -1,5 +1,6 @@
 """``python -m llmkern``, the same as the command ``llmkern``."""
 
-from llmkern.cli import main
+from llmkern.commands import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from types import ModuleType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from llmkern.errors import LlmkernError
-from llmkern.record.rapl import package_zones
+from llmkern.record.device.rapl import package_zones
 
 OK, LIMITED, MISSING = "ok", "limited", "missing"
 _STYLE = {OK: "green", LIMITED: "yellow", MISSING: "red"}
@@ -30,7 +31,21 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at libraries, GPU, CUPTI, NVML and RAPL, and return what was found; nothing is changed."""
-    return [*_libraries(), *_gpu(), _cupti(), *_nvml(), _rapl()]
+    torch, problem = _imported("torch")
+    if torch is None:
+        step = "Install PyTorch: 'pip install torch'."
+        rest = [Finding(what, MISSING, problem, step) for what in ("GPU", "CUPTI", "NVML")]
+        return [*_libraries(), *rest, _rapl()]
+    return [*_libraries(), *_gpu(torch), _cupti(torch), *_nvml(torch), _rapl()]
+
+
+def _imported(name: str) -> tuple[ModuleType | None, str]:
+    """Return module *name*, or None and why it cannot be imported."""
+    try:
+        return importlib.import_module(name), ""
+    except Exception as error:
+        # A library that is half installed fails in its own ways.
+        return None, f"{name} cannot be imported ({type(error).__name__}: {error})"
 
 
 def _libraries() -> list[Finding]:
@@ -47,9 +62,8 @@ def _libraries() -> list[Finding]:
         if version is not None:
             found.append(Finding(package, OK, version))
         else:
-            found.append(
-                Finding(package, MISSING, "not installed", f"'pip install {package}', needed for {needed_for}.")
-            )
+            wheel = {"cupy": "cupy-cuda13x"}.get(package, package)
+            found.append(Finding(package, MISSING, "not installed", f"'pip install {wheel}', needed for {needed_for}."))
     return found
 
 
@@ -66,7 +80,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _gpu() -> list[Finding]:
+def _gpu(torch: ModuleType) -> list[Finding]:
     if torch.cuda.is_available():
         found = []
         for index in range(torch.cuda.device_count()):
@@ -79,27 +93,27 @@ def _gpu() -> list[Finding]:
     return [Finding("GPU", MISSING, "torch finds no GPU or driver", "Install the NVIDIA driver; --device cpu works.")]
 
 
-def _cupti() -> Finding:
+def _cupti(torch: ModuleType) -> Finding:
     try:
-        from llmkern.record.cuda import CuptiRecorder
+        from llmkern.record.device.cupti import CuptiRecorder
 
         recorder: Any = CuptiRecorder()
     except LlmkernError as error:
         return Finding("CUPTI", MISSING, str(error), "Kernels of a GPU cannot be recorded; the CPU works.")
-    version = f"version {recorder.facts()['library_version']}"
-    try:
-        recorder.start()
-    except LlmkernError as error:
-        step = "" if torch.cuda.is_available() else "It needs a GPU and its driver."
-        return Finding("CUPTI", LIMITED, f"{version} loads, but {error}", step)
-    recorder.stop()
+    with recorder:
+        version = f"version {recorder.version}"
+        try:
+            recorder.start()
+        except LlmkernError as error:
+            step = "" if torch.cuda.is_available() else "It needs a GPU and its driver."
+            return Finding("CUPTI", LIMITED, f"{version} loads, but {error}", step)
     return Finding("CUPTI", OK, version)
 
 
-def _nvml() -> list[Finding]:
+def _nvml(torch: ModuleType) -> list[Finding]:
     if not torch.cuda.is_available():
         return [Finding("NVML", MISSING, "no GPU", "Energy of a GPU cannot be read here.")]
-    from llmkern.record.cuda import NvmlMeter
+    from llmkern.record.device.nvml import NvmlMeter
 
     found = []
     for index in range(torch.cuda.device_count()):

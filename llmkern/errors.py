@@ -33,3 +33,11 @@ class RunFolderError(LlmkernError):
     """A run folder is missing, torn or of another schema version."""
 
     exit_code = 5
+
+
+class InterruptedRunError(LlmkernError):
+    """A signal ended the run; the exit code is the shell's for it."""
+
+    def __init__(self, sentence: str, exit_code: int = 130) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 def main() -> None:
     """Run ``llmkern trace`` with this process's arguments and exit with its code."""
-    from llmkern.cli import run, trace
+    from llmkern.commands import command, run
 
-    run(trace, "python -m llmkern.trace")
+    run(command("trace"), "python -m llmkern.trace")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from llmkern.run import TABLES, RunFolder, RunWriter
+from llmkern.runfolder import RunFolder, RunWriter
+from llmkern.runfolder.schema import TABLES
 from tests.synthetic import Truth, facts
 
 MS = 1_000_000
@@ -251,7 +252,8 @@ class Board:
         )
         self._append(writer, "ops", self.ops)
         self._append(writer, "replays", self.replays)
-        writer.finish()
+        writer.merge()
+        writer.publish()
         return RunFolder(path)
 
     @staticmethod

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 DATA = Path(__file__).parent / "data"
 

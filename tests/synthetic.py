@@ -7,7 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkern.run import RunFolder, RunWriter
+from llmkern.runfolder import RunFolder, RunWriter
+from llmkern.runfolder.facts import (
+    DeviceFacts,
+    HostFacts,
+    ModelFacts,
+    OptionFacts,
+    PromptFacts,
+    RecorderFacts,
+    RunFacts,
+)
 
 S = 1_000_000_000
 MS = 1_000_000
@@ -225,27 +234,31 @@ class Builder:
                     "throttle": 0,
                 },
             )
-        writer.finish(status=status)
-        return RunFolder(path)
+        writer.merge()
+        if status == "complete":
+            writer.publish()
+            return RunFolder(path)
+        writer.give_up(status, "as a test wants it")
+        return RunFolder(writer.path)
 
 
-def facts(truth: Truth) -> dict[str, object]:
-    return {
-        "started": "2026-11-23T08:00:00+00:00",
-        "options": {"model": "qwen-tiny", "precision": "bf16", "batch": 1, "new_tokens": truth.new_tokens},
-        "device": {"kind": "cuda", "index": 0, "name": "Synthetic GPU", "power_limit_mw": 700_000},
-        "host": {"memory_bytes": 64 * 2**30},
-        "versions": {"torch": "0"},
-        "model": {
-            "name": "qwen-tiny",
-            "weights": "random",
-            "weights_note": "Weights are random.",
-            "weight_bytes": 10**7,
-            "parameters": 10**7,
-        },
-        "prompts": {"tokens": 100, "effective_tokens": [100], "computed_tokens": 100},
-        "recorder": {"source": "synthetic", "kernels": 1, "launches": 1, "dropped_records": 0, "lost_timestamps": 0},
-    }
+def facts(truth: Truth) -> RunFacts:
+    return RunFacts(
+        started="2026-11-23T08:00:00+00:00",
+        options=OptionFacts(model="qwen-tiny", precision="bf16", batch=1, new_tokens=truth.new_tokens),
+        device=DeviceFacts(kind="cuda", index=0, name="Synthetic GPU", power_limit_mw=700_000),
+        host=HostFacts(memory_bytes=64 * 2**30),
+        versions={"torch": "0"},
+        model=ModelFacts(
+            name="qwen-tiny",
+            weights="random",
+            weights_note="Weights are random.",
+            weight_bytes=10**7,
+            parameters=10**7,
+        ),
+        prompts=PromptFacts(tokens=100, effective_tokens=(100,), computed_tokens=100),
+        recorders={"time": RecorderFacts(source="synthetic", kernels=1, launches=1)},
+    )
 
 
 def synthetic_run(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from tests.synthetic import synthetic_run
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from bench.tables import README, filled
-from llmkern.cli import cli
+from llmkern.commands import cli
 
 ROOT = Path(__file__).parents[1]
 

@@ -34,6 +34,8 @@ class PhaseAccount:
     gap_j: Estimate | None
     floor_w: Estimate | None
     traced_latency_s: float
+    # By how much of itself the latency grew under the recorder; None where that was not measured.
+    recorder_effect: Estimate | None = None
 
     @property
     def kernel_j(self) -> Estimate | None:
@@ -54,11 +56,6 @@ class PhaseAccount:
     def mean_w(self) -> float | None:
         energy = self.weight.energy_j
         return None if energy is None else energy.value / self.weight.latency_s.value
-
-    @property
-    def recorder_effect(self) -> float:
-        """Return by how much of itself the latency grew under the recorder."""
-        return self.traced_latency_s / self.weight.latency_s.value - 1
 
     def by(self, joules: KernelJoules) -> PhaseAccount:
         """Return the same account with the kernels' energy split by *joules*."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount, account_phase
+from llmkern.attribute.effect import recorder_effects
 from llmkern.attribute.host import HostTrace, read_host
 from llmkern.attribute.identify import Identified, Inspected, identify, read_inspected
 from llmkern.attribute.joules import EqualPower, without_energy
@@ -17,8 +18,10 @@ from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.tally import OP_COLUMNS, tally_kernels, tally_neighbours
 from llmkern.attribute.timeline import Timeline, read_timeline
-from llmkern.attribute.weighed import Weighed, traced_phases, weigh_phases
-from llmkern.run import TABLES, RunFolder
+from llmkern.attribute.weighed import PhaseWeight, Weighed, traced_phases, weigh_phases
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.schema import TABLES
+from llmkern.runfolder.vocabulary import RAPL_COUNTER
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,16 @@ class Attribution:
     sensor: str
     device: int | None
 
+    @property
+    def only_weighed(self) -> list[PhaseWeight]:
+        """Return the phases that were weighed and have no account, for the timeline holds no whole one of them."""
+        phases = self.weighed.phases if self.weighed is not None else {}
+        return [weight for phase, weight in phases.items() if phase not in self.accounts]
+
     @cached_property
     def host_trace(self) -> HostTrace | None:
         """Return what the host did, None where no host call was recorded."""
-        device = int(self.run.facts["device"]["index"])
+        device = self.run.facts.device.index
         return read_host(self.run, device, self.timeline, self.inspected, self.identified)
 
     @cached_property
@@ -76,33 +85,33 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
 
     Kernels have their marginal joules where operators were replayed, otherwise, or if asked for, equal power.
     """
-    device = run.facts["device"]
-    index = int(device["index"])
+    device = run.facts.device
+    index = device.index
     timeline = read_timeline(run, index)
     host = None
-    # RAPL counts packages, not the device that PyTorch names.
-    sensor, counted = ("nvml_total", index) if device["kind"] == "cuda" else ("rapl_package", None)
+    sensor, counted = device.counter, device.counted
     weighed = weigh_phases(run, sensor, counted)
-    if device["kind"] == "cuda" and (run.table("energy", ["sensor"])["sensor"] == "rapl_package").any():
-        host = weigh_phases(run, "rapl_package", None)
+    if sensor != RAPL_COUNTER and (run.table("energy", ["sensor"])["sensor"] == RAPL_COUNTER).any():
+        host = weigh_phases(run, RAPL_COUNTER, None)
+    effects = recorder_effects(run)
     accounts = {}
     weights = weighed.phases if weighed is not None else {}
-    if weighed is None and "imported" in run.facts:
+    if weighed is None and run.facts.imported is not None:
         weights = traced_phases(timeline)
     floor, temperature_c = (weighed.floor, weighed.temperature_c) if weighed is not None else (None, None)
     for phase, weight in weights.items():
-        account = account_phase(weight, floor, temperature_c, timeline, device.get("power_limit_mw"))
+        account = account_phase(weight, floor, temperature_c, timeline, device.power_limit_mw)
         if account is not None and weighed is None:
             # Nothing else was measured that the capture could be longer than.
             account = replace(account, traced_latency_s=weight.latency_s.value)
         if account is not None:
-            accounts[phase] = account
+            accounts[phase] = replace(account, recorder_effect=effects.get(phase))
     inspected = read_inspected(run, index)
     identified = identify(inspected, timeline) if inspected is not None else None
     kernels = tally_kernels(timeline, identified, run.table("ops", OP_COLUMNS))
     marginals = evidence = None
     if weighed is not None and not equal_power:
-        limit_mw = device.get("power_limit_mw")
+        limit_mw = device.power_limit_mw
         limit_w = math.inf if limit_mw is None else limit_mw / 1e3
         evidence = gather(run, weighed, accounts, kernels, (sensor, counted), limit_w)
         if evidence is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 COUNTER = "counter"
 LAGS_S = np.arange(0.0, 0.2001, 0.005)
@@ -43,7 +43,7 @@ def calibrate(run: RunFolder) -> dict[str, Sensor]:
     test = ranges[(ranges["category"] == "selftest")]
     if test.empty:
         return {}
-    device = int(run.facts["device"]["index"])
+    device = run.facts.device.index
     start_ns, end_ns = int(test["start_ns"].min()), int(test["end_ns"].max())
     load = ranges[ranges["category"] == "load"]
     on = (load["start_ns"].to_numpy() - start_ns) / 1e9, (load["end_ns"].to_numpy() - start_ns) / 1e9

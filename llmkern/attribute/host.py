@@ -11,7 +11,7 @@ from llmkern.attribute.causes import gap_causes
 from llmkern.attribute.identify import Identified, Inspected, identify
 from llmkern.attribute.tally import OP_COLUMNS, described, summed_by, tally_gaps
 from llmkern.attribute.timeline import NONE, Timeline, containing, read_calls, read_timeline
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 # Calls that return only when the device has done what was queued before them. A copy to pageable host memory
 # (cudaMemcpyAsync of a read-back) is followed by a synchronisation of its own in PyTorch.

@@ -11,7 +11,7 @@ import pandas as pd
 from rapidfuzz.distance import LCSseq
 
 from llmkern.attribute.timeline import NONE, Timeline, read_timeline
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 UNIDENTIFIED = "not identified"
 

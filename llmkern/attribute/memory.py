@@ -6,7 +6,7 @@ import numpy as np
 
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.weighed import Weighed
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 SENSOR = "memory_average"
 # A reading is the mean of the second before it: earlier ones in a window still hold what was before.

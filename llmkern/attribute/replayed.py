@@ -15,7 +15,7 @@ from llmkern.attribute.identify import UNIDENTIFIED
 from llmkern.attribute.joules import MarginalJoules
 from llmkern.attribute.marginal import Features, FloorDoubt, Marginals, Window, estimate_marginals
 from llmkern.attribute.weighed import Weighed, counter_of
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 # Windows of the run are made so long that they weigh as much as those of the replays.
 _RUN_WINDOW_S = 2.0

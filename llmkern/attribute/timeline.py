@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 NONE = -1
 _KERNEL_COLUMNS = ["start_ns", "end_ns", "stream", "correlation_id", "name"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from llmkern.attribute.calibration import calibrate, choose
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.timeline import Timeline
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class Weighed:
     residual_j: float | None = None
     samples_j: float | None = None
     sample_lag_ms: float | None = None
+    # Phases whose latency cannot be told from nothing, with the sentence that says why.
+    unknown: dict[str, str] = field(default_factory=dict)
 
 
 def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | None:
@@ -85,10 +87,48 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
         fine = device is not None and (not sensors or choose(sensors)[0] == "samples")
         sample_ns, sample_w = _samples(curve, power if fine else power.iloc[:0], books)
         by_ranges = energy_by_ranges(sample_ns, sample_w, windows[windows["new_tokens"] == longest], marks)
-    phases = _phases(measured, marks, by_ranges)
-    if not phases:
+    phases, unknown = known_phases(_phases(measured, marks, by_ranges))
+    if not phases and not unknown:
         return None
-    return Weighed(phases, floor, mean_c, **books, sample_lag_ms=by_ranges.lag_ms if by_ranges is not None else None)
+    lag_ms = by_ranges.lag_ms if by_ranges is not None else None
+    return Weighed(phases, floor, mean_c, **books, sample_lag_ms=lag_ms, unknown=unknown)
+
+
+def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight], dict[str, str]]:
+    """Return the phases of which something is known, and for the others a sentence that says why not.
+
+    A latency or energy by difference that its interval does not keep from zero is no figure that anything can rest on:
+    without a latency there is no phase, without an energy there is time only.
+    """
+    known: dict[str, PhaseWeight] = {}
+    unknown: dict[str, str] = {}
+    for name, weight in phases.items():
+        if not _above_zero(weight.latency_s):
+            unknown[name] = (
+                f"The latency of {name} is not known: by difference it is {_told(weight.latency_s, 1e3, 'ms')} per "
+                f"{weight.unit}, which holds zero; use more --new-tokens and --repeats 10."
+            )
+            continue
+        energy_j = weight.energy_j
+        if energy_j is not None and not _above_zero(energy_j):
+            unknown[f"{name} energy"] = (
+                f"The energy of {name} is not known: by difference it is {_told(energy_j, 1, 'J')} per {weight.unit}, "
+                "which holds zero; use more --new-tokens and --repeats 10."
+            )
+            nothing = [float("nan")] * len(weight.energy_samples_j)
+            weight = replace(weight, energy_j=None, energy_samples_j=nothing, energy_by_ranges_j=None)
+        known[name] = weight
+    return known, unknown
+
+
+def _above_zero(estimate: Estimate) -> bool:
+    return estimate.value > 0 and (estimate.low is None or estimate.low > 0)
+
+
+def _told(estimate: Estimate, scale: float, unit: str) -> str:
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value * scale:.3g} {unit}"
+    return f"{estimate.value * scale:.3g} [{estimate.low * scale:.3g}, {estimate.high * scale:.3g}] {unit}"
 
 
 def traced_phases(timeline: Timeline) -> dict[str, PhaseWeight]:

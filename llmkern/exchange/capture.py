@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from llmkern.errors import UsageError
-from llmkern.record.annotate import DOMAIN
-from llmkern.run import TABLES
+from llmkern.runfolder.facts import DeviceFacts, ImportedFacts
+from llmkern.runfolder.schema import TABLES
+from llmkern.runfolder.vocabulary import DOMAIN, PASS, PHASES
 
-# Category of the ranges that say which pass of llmkern what lies inside belongs to.
-PASS = "pass"
-# A range of any domain with one of these names is a phase, unless the user says otherwise.
-PHASES = ("prefill", "decode")
 # What a capture without any phase is taken for: one phase from its first kernel to its last.
 WHOLE = "capture"
 _TOKEN = re.compile(r"^token (\d+)$")
@@ -27,14 +24,17 @@ _TOKEN = re.compile(r"^token (\d+)$")
 class Capture:
     """Tables of a run folder, in CLOCK_REALTIME ns, all columns present.
 
-    *facts* are those of run.json; *missing* says in words what the file did not hold.
+    *imported* says which file they come from; *missing* says in words what it did not hold.
     """
 
     kernels: pd.DataFrame
     launches: pd.DataFrame
     overheads: pd.DataFrame
     ranges: pd.DataFrame
-    facts: dict[str, Any]
+    imported: ImportedFacts
+    device: DeviceFacts
+    started: str
+    versions: Mapping[str, str | None]
     missing: list[str] = field(default_factory=list)
 
 
@@ -73,7 +73,7 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
         ranges = pd.concat([ranges, _whole(capture.kernels)], ignore_index=True)
     ranges = _counted(ranges)
     passes = ranges[ranges["category"] == PASS].sort_values("start_ns")
-    tables = {
+    tables: dict[str, Any] = {
         name: _by_pass(frame, passes)
         for name, frame in (
             ("kernels", capture.kernels),
@@ -82,7 +82,7 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
             ("ranges", ranges),
         )
     }
-    return Capture(**tables, facts=capture.facts, missing=capture.missing)
+    return replace(capture, **tables)
 
 
 def _whole(kernels: pd.DataFrame) -> pd.DataFrame:

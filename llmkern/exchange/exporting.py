@@ -7,26 +7,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkern.attribute.attribution import attribute
-from llmkern.errors import RecordingError, UsageError
+from llmkern.errors import UsageError
 from llmkern.exchange.overlay import PASSES, Overlay, cut, overlay
-from llmkern.exchange.to_nsys import write_nsys
-from llmkern.exchange.to_nsys_report import SUFFIX, write_report
-from llmkern.exchange.to_perfetto import write_perfetto
-from llmkern.exchange.to_tables import write_csv_tables, write_parquet
-from llmkern.run import RunFolder
+from llmkern.exchange.to_nsys import is_export, write_nsys
+from llmkern.exchange.to_nsys_report import SUFFIX, is_report, write_report
+from llmkern.exchange.to_perfetto import is_trace, write_perfetto
+from llmkern.exchange.to_tables import check_table_folder, write_csv_tables, write_parquet
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.place import check_file_target, check_output, placed
 
 
 @dataclass(frozen=True)
 class Sink:
-    """A format: *write* takes an overlay and the path, which ends in *suffix* (a folder where that is empty)."""
+    """A format: *write* takes an overlay and the path, which ends in *suffix* (a folder where that is empty).
+
+    *ours* tells a file that llmkern wrote from others.
+    """
 
     write: Callable[[Overlay, Path], Path]
     suffix: str
+    ours: Callable[[Path], bool] = lambda _file: False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What of a run is wanted: *passes*, and of them a *phase* and token steps (first, last)."""
+
+    passes: tuple[str, ...] = PASSES
+    phase: str | None = None
+    tokens: tuple[int, int] | None = None
 
 
 SINKS = {
-    "nsys": Sink(write_nsys, ".sqlite"),
-    "perfetto": Sink(write_perfetto, ".json.gz"),
+    "nsys": Sink(write_nsys, ".sqlite", is_export),
+    "perfetto": Sink(write_perfetto, ".json.gz", is_trace),
     "parquet": Sink(write_parquet, ""),
     "csv": Sink(write_csv_tables, ""),
 }
@@ -36,34 +50,35 @@ def export_run(
     path: Path,
     to: str,
     out: Path | None = None,
+    request: Request | None = None,
     *,
-    passes: tuple[str, ...] = PASSES,
-    phase: str | None = None,
-    tokens: tuple[int, int] | None = None,
     merge: Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Write run folder *path* in the format *to* and return the file or folder.
+    """Write what *request* asks for of run folder *path* in the format *to* and return the file or folder.
 
-    *phase* and *tokens* (first, last step) cut it. With *merge*, or where *out* ends in .nsys-rep, ``nsys`` is a native
-    report. Raises UsageError when *out* exists and *force* is not given.
+    With *merge*, or where *out* ends in .nsys-rep, ``nsys`` is a native report. What is at *out* is replaced when it is
+    whole, with *force*, and where llmkern wrote it; else raises UsageError.
     """
+    request = request or Request()
     sink = SINKS[to]
     if merge is not None and to != "nsys":
         raise UsageError(f"--merge puts a run into a capture of Nsight Systems: use it with --to nsys, not {to}.")
     if to == "nsys" and (merge is not None or (out is not None and out.suffix == SUFFIX)):
-        sink = Sink(lambda found, target: write_report(found, target, merge), SUFFIX)
-    target = out or path.with_name(f"{path.name}-{to}{sink.suffix}")
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists and is not overwritten: choose another name with --out, or add --force.")
-    found = cut(overlay(attribute(RunFolder(path)), passes), phase, tokens)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        sink = Sink(lambda found, target: write_report(found, target, merge), SUFFIX, is_report)
+    run = RunFolder(path)
+    target = out if out is not None else path.with_name(f"{path.name}-{to}{sink.suffix}")
+    check_output(target, [path, run.path, merge])
+    if sink.suffix:
+        check_file_target(target, sink.ours, force=force)
+    else:
+        check_table_folder(target, force=force)
+    found = cut(overlay(attribute(run), request.passes), request.phase, request.tokens)
+    if not sink.suffix:
         return sink.write(found, target)
-    except OSError as error:
-        raise RecordingError(
-            f"writing {target} failed ({error.strerror or error}): free some space or choose another place with --out."
-        ) from error
+    with placed(target, sink.ours, force=force) as beside:
+        sink.write(found, beside)
+    return target
 
 
 def parse_tokens(text: str) -> tuple[int, int]:

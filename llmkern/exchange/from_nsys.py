@@ -17,6 +17,7 @@ import pandas as pd
 
 from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, rows_of
+from llmkern.runfolder.facts import DeviceFacts, ImportedFacts, device_facts
 
 MAGIC = b"SQLite format 3\0"
 SCHEMA_MAJOR = 3
@@ -76,19 +77,19 @@ class _Export:
         for frame in (kernels, launches, overheads, ranges):
             frame["start_ns"] = frame["start_ns"].astype(np.int64) + begin_ns
             frame["end_ns"] = frame["end_ns"].astype(np.int64) + begin_ns
-        facts = {
-            "started": pd.Timestamp(begin_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
-            "device": self._device(device),
-            "versions": {"nsys": about.get("EXPORT_PRODUCT_VERSION")},
-            "imported": {
-                "file": self._path.name,
-                "format": "an Nsight Systems export",
-                "schema": about.get("EXPORT_SCHEMA_VERSION"),
-            },
-        }
+        source = ImportedFacts(
+            file=self._path.name, format="an Nsight Systems export", schema=about.get("EXPORT_SCHEMA_VERSION")
+        )
         tables = {"kernels": kernels, "launches": launches, "overheads": overheads, "ranges": ranges}
         found = {name: rows_of(name, rows) for name, rows in tables.items()}
-        return Capture(**found, facts=facts, missing=self.missing)
+        return Capture(
+            **found,
+            imported=source,
+            device=self._device(device),
+            started=pd.Timestamp(begin_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
+            versions={"nsys": about.get("EXPORT_PRODUCT_VERSION")},
+            missing=self.missing,
+        )
 
     def _meta(self) -> dict[str, str]:
         rows = self._read("META_DATA_EXPORT", ["name", "value"])
@@ -127,7 +128,7 @@ class _Export:
             return 0
         return int(rows["utcEpochNs"].iloc[0])
 
-    def _device(self, index: int) -> dict[str, Any]:
+    def _device(self, index: int) -> DeviceFacts:
         columns = {
             "name": "name",
             "totalMemory": "memory_bytes",
@@ -142,7 +143,7 @@ class _Export:
         rows = rows[rows["id"] == index]
         if rows.empty:
             self.missing.append("what the GPU is")
-            return {"kind": "cuda", "index": index, "name": "unknown GPU"}
+            return DeviceFacts(kind="cuda", index=index, name="unknown GPU")
         found = {new: rows.iloc[0][old] for old, new in columns.items() if rows.iloc[0][old] is not None}
         whole = {key: int(value) for key, value in found.items() if key != "name" and value == value}
         device = {"kind": "cuda", "index": index, "name": str(found.get("name", "unknown GPU"))}
@@ -150,7 +151,7 @@ class _Export:
             device["sm_clock_max_mhz"] = whole.pop("clock_hz") // 1_000_000
         if {"major", "minor"} <= set(whole):
             device["compute_capability"] = f"{whole.pop('major')}.{whole.pop('minor')}"
-        return {**device, **whole}
+        return device_facts({**device, **whole})
 
     def _kernels(self, strings: pd.Series) -> pd.DataFrame:
         common = ["start", "end", "deviceId", "contextId", "streamId", "correlationId", "globalPid", "graphNodeId"]

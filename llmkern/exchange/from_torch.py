@@ -13,6 +13,7 @@ import pandas as pd
 
 from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, rows_of
+from llmkern.runfolder.facts import DeviceFacts, ImportedFacts, device_facts
 
 GZIP = b"\x1f\x8b"
 _GPU = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset"}
@@ -74,14 +75,18 @@ def _capture(trace: Any, path: Path) -> Capture:
         ]
     )
     first_ns = int(kernels["start_ns"].iloc[0])
-    facts = {
-        "started": pd.Timestamp(first_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
-        "device": _device(about.get("deviceProperties") or [], int(kernels["device"].value_counts().index[0])),
-        "versions": {"trace_schema": str(about.get("schemaVersion", ""))},
-        "imported": {"file": path.name, "format": "a trace of torch.profiler", "schema": about.get("schemaVersion")},
-    }
+    schema = about.get("schemaVersion")
     tables = {"kernels": kernels, "launches": launches, "overheads": pd.DataFrame(), "ranges": ranges}
-    return Capture(**{name: rows_of(name, rows) for name, rows in tables.items()}, facts=facts, missing=missing)
+    return Capture(
+        **{name: rows_of(name, rows) for name, rows in tables.items()},
+        imported=ImportedFacts(
+            file=path.name, format="a trace of torch.profiler", schema=None if schema is None else str(schema)
+        ),
+        device=_device(about.get("deviceProperties") or [], int(kernels["device"].value_counts().index[0])),
+        started=pd.Timestamp(first_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
+        versions={"trace_schema": str(schema or "")},
+        missing=missing,
+    )
 
 
 def _times(event: dict[str, Any], base_ns: int) -> dict[str, int]:
@@ -126,14 +131,14 @@ def _whole(value: Any) -> int:
         return 0
 
 
-def _device(properties: list[dict[str, Any]], index: int) -> dict[str, Any]:
+def _device(properties: list[dict[str, Any]], index: int) -> DeviceFacts:
     own = next((p for p in properties if p.get("id") == index), None)
     if own is None:
-        return {"kind": "cuda", "index": index, "name": "unknown GPU"}
-    found = {"kind": "cuda", "index": index, "name": str(own.get("name", "unknown GPU"))}
+        return DeviceFacts(kind="cuda", index=index, name="unknown GPU")
+    found: dict[str, Any] = {"kind": "cuda", "index": index, "name": str(own.get("name", "unknown GPU"))}
     if "computeMajor" in own and "computeMinor" in own:
         found["compute_capability"] = f"{own['computeMajor']}.{own['computeMinor']}"
     for old, new in (("totalGlobalMem", "memory_bytes"), ("numSms", "multiprocessors")):
         if own.get(old):
             found[new] = _whole(own[old])
-    return found
+    return device_facts(found)

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 
+from llmkern.attribute.attribution import attribute
 from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, with_phases
 from llmkern.exchange.from_nsys import MAGIC, read_nsys
 from llmkern.exchange.from_torch import GZIP, read_torch
-from llmkern.run import RunFolder, RunWriter, to_table
+from llmkern.runfolder import RunFolder, RunWriter
+from llmkern.runfolder import vocabulary as word
+from llmkern.runfolder.facts import OptionFacts, RecorderFacts, RunFacts, without_home
+from llmkern.runfolder.place import check_output, check_run_target
+from llmkern.runfolder.schema import to_table
 
 _CAPTURED = ("kernels", "launches", "overheads", "ranges")
 # Passes that tell what kernels and gaps cost, as opposed to when they ran.
-_ENERGY_PASSES = ("selftest", "weigh", "replay", "inspect")
-_ENERGY_FACTS = ("options", "model", "prompts", "host", "versions", "calibration", "plan", "own_cost", "sensors")
+_ENERGY_PASSES = (word.SELFTEST, word.WEIGH, word.REPLAY, word.INSPECT)
+
+
+def default_folder(path: Path, energy: Path | None = None) -> Path:
+    """Return the run folder that the capture *path* becomes unless another is asked for: never that of the *energy*."""
+    folder = Path("runs") / (path.name.strip(".").split(".")[0] or "import")
+    if energy is not None and folder.resolve() == energy.resolve():
+        return folder.with_name(f"{folder.name}-import")
+    return folder
 
 
 def import_capture(
@@ -27,9 +40,12 @@ def import_capture(
     """Write the capture *path* as run folder *out* and return it.
 
     *energy* is a weighed run of the same workload whose joules the captured kernels get; *phases* names the ranges that
-    are phases (name → phase). Raises UsageError for a file that is none of the known formats or torn.
+    are phases (name → phase). Raises UsageError for a file that is none of the known formats or torn, and where *out*
+    is or lies inside one of the inputs.
     """
     weighed = RunFolder(energy) if energy is not None else None
+    check_output(out, [path, energy, weighed.path if weighed is not None else None])
+    check_run_target(out, force)
     try:
         capture = with_phases(_read(path), phases or {})
         facts = _facts(capture, weighed)
@@ -39,11 +55,20 @@ def import_capture(
             f"{path} holds values that no capture has ({str(error).splitlines()[0]}): export the capture again."
         ) from error
     writer = RunWriter(out, facts, force=force)
-    for name, table in tables:
-        writer.append(name, dict(zip(table.column_names, table.columns, strict=True)))
-    if weighed is not None:
-        _add_energy(writer, weighed)
-    writer.finish()
+    try:
+        for name, table in tables:
+            writer.append(name, dict(zip(table.column_names, table.columns, strict=True)))
+        if weighed is not None:
+            _add_energy(writer, weighed)
+        writer.merge()
+        frame = attribute(RunFolder(writer.path)).frame
+        if len(frame):
+            writer.put("attribution", {column: frame[column] for column in frame.columns})
+        writer.publish()
+    except BaseException:
+        # The capture is still there: half of a run made of it is worth nothing.
+        writer.discard()
+        raise
     return RunFolder(out)
 
 
@@ -71,50 +96,46 @@ def _read(path: Path) -> Capture:
     )
 
 
-def _facts(capture: Capture, weighed: RunFolder | None) -> dict[str, Any]:
+def _facts(capture: Capture, weighed: RunFolder | None) -> RunFacts:
     tokens = pd.to_numeric(capture.ranges["new_tokens"]).max()
-    facts: dict[str, Any] = {
-        **capture.facts,
-        "imported": {**capture.facts["imported"], "missing": capture.missing},
-        "options": {
-            "model": capture.facts["imported"]["file"],
-            "precision": "",
-            "batch": 1,
-            "new_tokens": 2 if tokens != tokens else int(tokens),
+    source = replace(capture.imported, missing=tuple(capture.missing))
+    facts = RunFacts(
+        started=capture.started,
+        device=capture.device,
+        versions=dict(capture.versions),
+        imported=source,
+        options=OptionFacts(model=source.file, new_tokens=2 if tokens != tokens else max(2, int(tokens))),
+        recorders={
+            word.TIME: RecorderFacts(source=source.format, kernels=len(capture.kernels), launches=len(capture.launches))
         },
-        "prompts": {"batch": 1, "effective_tokens": [1], "computed_tokens": 1},
-        "recorder": {
-            "source": capture.facts["imported"]["format"],
-            "kernels": len(capture.kernels),
-            "launches": len(capture.launches),
-        },
-    }
+    )
     if weighed is None:
         return facts
-    own, other = facts["device"], weighed.facts["device"]
-    if own["name"] not in (other["name"], "unknown GPU"):
+    own, other = facts.device, weighed.facts.device
+    if own.name not in (other.name, "unknown GPU"):
         raise UsageError(
-            f"the capture is of {own['name']}, the run with the energy of {other['name']}: joules of one board say "
+            f"the capture is of {own.name}, the run with the energy of {other.name}: joules of one board say "
             "nothing of another; weigh the workload on the board of the capture."
         )
-    kept = {name: weighed.facts[name] for name in _ENERGY_FACTS if name in weighed.facts}
+    kept = {
+        name: getattr(weighed.facts, name)
+        for name in ("options", "model", "prompts", "host", "versions", "plan", "own_cost", "sensors", "replays")
+    }
     # Attribution joins sensors and kernels by the device's number, which each tool gives by its own lights.
-    device = {**other, "index": own["index"]}
-    return {**facts, **kept, "device": device, "energy_of": str(weighed.path)}
+    device = replace(other, index=own.index)
+    return replace(facts, **kept, device=device, energy_of=without_home(str(weighed.path)))
 
 
 def _add_energy(writer: RunWriter, weighed: RunFolder) -> None:
-    device, own = writer.facts["device"]["index"], weighed.facts["device"]["index"]
-    for name in _CAPTURED:
+    device, own = writer.facts.device.index, weighed.facts.device.index
+    for name in (*_CAPTURED, "ops", "replays", "power", "energy", "clocks"):
         frame = weighed.table(name)
-        frame = frame[frame["pass"].isin(_ENERGY_PASSES)]
+        if "pass" in frame:
+            frame = frame[frame["pass"].isin(_ENERGY_PASSES)]
         if "device" in frame:
-            frame = frame.assign(device=frame["device"].where(frame["device"] != own, device))
-        _append(writer, name, frame)
-    for name in ("ops", "replays", "power", "energy"):
-        frame = weighed.table(name)
-        if "device" in frame:
-            frame = frame.assign(device=frame["device"].where(frame["device"] != own, device))
+            # Other sensors number other things: packages of the host, for one.
+            other = frame["sensor"] == word.RAPL_COUNTER if "sensor" in frame else pd.Series(False, index=frame.index)
+            frame = frame.assign(device=frame["device"].where((frame["device"] != own) | other, device))
         _append(writer, name, frame)
 
 

@@ -6,7 +6,7 @@ idle floor. The recorder lengthens gaps, so that their sum is above what the acc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,11 @@ from llmkern.attribute.identify import Identified
 from llmkern.attribute.tally import OP_COLUMNS, labelled
 from llmkern.attribute.timeline import NONE, build_timeline, by_start, read_calls
 from llmkern.errors import UsageError
-from llmkern.exchange.capture import PASS
-from llmkern.record.annotate import DOMAIN
-from llmkern.run import TABLES
+from llmkern.runfolder.facts import RunFacts
+from llmkern.runfolder.schema import TABLES
+from llmkern.runfolder.vocabulary import DOMAIN, PASS, TRACED
 
-PASSES = ("calls", "time")
+PASSES = TRACED
 _POWERS = {
     "samples": "power, driver's samples",
     "instant": "power, instant",
@@ -76,7 +76,7 @@ class Overlay:
 
 def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overlay:
     """Return the overlay of the *passes* that were recorded; raises UsageError when none of them has a kernel."""
-    run, index = attribution.run, int(attribution.run.facts["device"]["index"])
+    run, index = attribution.run, attribution.run.facts.device.index
     ops = run.table("ops", OP_COLUMNS)
     watts = _watts(attribution)
     kernels, gaps, launches, overheads, ranges, counters = [], [], [], [], [], []
@@ -100,7 +100,7 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         raise UsageError(f"{run.path} has no kernel in the passes {', '.join(passes)}: nothing was traced.")
     parts = {"kernels": kernels, "gaps": gaps, "launches": launches, "overheads": overheads, "ranges": ranges}
     tables = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    found = Overlay(_title(run.facts), run.facts["device"], _process(launches), **tables, counters=counters)
+    found = Overlay(_title(run.facts), asdict(run.facts.device), _process(launches), **tables, counters=counters)
     return replace(found, counters=[*_powers(run.table("power"), index, found), *counters])
 
 
@@ -151,12 +151,11 @@ def _span(kernels: pd.DataFrame, launches: pd.DataFrame) -> tuple[int, int]:
     return min(start_ns, int(issued.min())) if len(issued) else start_ns, int(kernels["end_ns"].max())
 
 
-def _title(facts: dict[str, Any]) -> str:
-    if "imported" in facts:
-        return str(facts["imported"]["file"])
-    options = facts.get("options", {})
-    model = facts.get("model", {}).get("name", options.get("model", "run"))
-    return f"{model} {options.get('precision', '')}".strip()
+def _title(facts: RunFacts) -> str:
+    if facts.imported is not None:
+        return facts.imported.file
+    name = facts.model.name if facts.model is not None else facts.options.model
+    return f"{name} {facts.options.precision}".strip()
 
 
 def _process(launches: list[pd.DataFrame]) -> int:

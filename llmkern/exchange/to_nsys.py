@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from llmkern import __version__
 from llmkern.errors import RecordingError
 from llmkern.exchange.from_nsys import CATEGORY, COPIES, DOMAIN_NAME, MEMORIES, RANGES
 from llmkern.exchange.overlay import Overlay
-from llmkern.record.annotate import DOMAIN
+from llmkern.runfolder.vocabulary import DOMAIN
 from llmkern.text import short_name
 
 SCHEMA = (3, 20, 3)
@@ -126,6 +127,16 @@ def write_nsys(overlay: Overlay, path: Path) -> Path:
         path.unlink(missing_ok=True)
         raise RecordingError(f"writing {path} failed ({error}): free some space or choose another file.") from error
     return path
+
+
+def is_export(file: Path) -> bool:
+    """Whether *file* is an SQLite file that :func:`write_nsys` wrote."""
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(file))}?mode=ro", uri=True)) as connection:
+            query = "SELECT count(*) FROM sqlite_master WHERE name = 'LLMKERN_KERNELS'"
+            return bool(connection.execute(query).fetchone()[0])
+    except sqlite3.Error:
+        return False
 
 
 class _Export:

@@ -16,9 +16,8 @@ import pandas as pd
 from nvtx.writer import WriterError
 
 from llmkern.errors import RecordingError, UsageError
-from llmkern.exchange.capture import PASS
 from llmkern.exchange.overlay import Overlay
-from llmkern.record.annotate import DOMAIN
+from llmkern.runfolder.vocabulary import DOMAIN, PASS
 from llmkern.text import quantity, short_name
 
 SUFFIX = ".nsys-rep"
@@ -55,6 +54,11 @@ def write_report(overlay: Overlay, path: Path, merge: Path | None = None) -> Pat
             "end in .sqlite."
         ) from error
     return path
+
+
+def is_report(_file: Path) -> bool:
+    """Return False: nothing tells a report that llmkern wrote from a capture under its annotation."""
+    return False
 
 
 def _writer() -> Any:

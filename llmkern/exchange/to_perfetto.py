@@ -37,11 +37,24 @@ def write_perfetto(overlay: Overlay, path: Path) -> Path:
     """Write *overlay* to *path* (.json.gz) and return it; times are µs since baseTimeNanoseconds, the first event."""
     base_ns = overlay.start_ns
     with gzip.open(path, "wb", compresslevel=_LEVEL) as file, _Compressing(file) as beside:
-        head = {"displayTimeUnit": "ns", "baseTimeNanoseconds": base_ns, "otherData": {"title": overlay.title}}
+        head = {
+            "displayTimeUnit": "ns",
+            "baseTimeNanoseconds": base_ns,
+            "otherData": {"written_by": "llmkern", "title": overlay.title},
+        }
         beside.write(json.dumps(head)[:-1] + ', "traceEvents": [\n')
         _Events(beside, overlay, base_ns).write()
         beside.write("\n]}\n")
     return path
+
+
+def is_trace(file: Path) -> bool:
+    """Whether *file* is a trace that :func:`write_perfetto` wrote."""
+    try:
+        with gzip.open(file, "rb") as content:
+            return b'"llmkern' in content.read(4096)
+    except (OSError, EOFError):
+        return False
 
 
 class _Compressing:

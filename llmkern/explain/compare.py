@@ -84,8 +84,8 @@ def compare(before: Attribution, after: Attribution, against: str | None = None)
 def tokens(attribution: Attribution, account: PhaseAccount) -> int:
     """Return how many tokens a unit of the phase of *account* stands for."""
     if account.unit == "call":
-        return max(1, sum(attribution.run.facts["prompts"]["effective_tokens"]))
-    return int(attribution.run.facts["options"]["batch"])
+        return max(1, sum(prompts.effective_tokens) if (prompts := attribution.run.facts.prompts) is not None else 1)
+    return attribution.run.facts.options.batch
 
 
 def _difference(before: Attribution, after: Attribution, phase: str, prediction: Prediction | None) -> Difference:

@@ -57,8 +57,8 @@ def share_of(account: PhaseAccount, energy_j: Estimate | None, time_s: float | N
 
 def layers(attribution: Attribution) -> int | None:
     """Return how many decoder layers the model has, None where the run does not say."""
-    count = attribution.run.facts.get("model", {}).get("layers")
-    return int(count) if count else None
+    model = attribution.run.facts.model
+    return model.layers or None if model is not None else None
 
 
 def layer_waits(attribution: Attribution, phase: str) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.identify import UNIDENTIFIED
 from llmkern.attribute.joules import ENERGIES
 from llmkern.attribute.timeline import NONE
+from llmkern.runfolder.facts import DeviceFacts
 
 # Bandwidth of boards whose run says nothing of it: NVIDIA's data sheets.
 _BYTES_PER_S = {
@@ -36,15 +36,15 @@ class Peaks:
     flops: dict[str, float]
 
 
-def peaks(device: dict[str, Any]) -> Peaks | None:
+def peaks(device: DeviceFacts) -> Peaks | None:
     """Return the peaks of the *device* of a run's facts, None where its bandwidth is not known."""
-    bandwidth = device.get("memory_bytes_per_s") or _BYTES_PER_S.get(str(device.get("name")))
+    bandwidth = device.memory_bytes_per_s or _BYTES_PER_S.get(device.name)
     if not bandwidth:
         return None
-    clock_mhz, multiprocessors = device.get("sm_clock_max_mhz"), device.get("multiprocessors")
+    clock_mhz, multiprocessors = device.sm_clock_max_mhz, device.multiprocessors
     rates = {}
     if clock_mhz and multiprocessors:
-        per_clock = _PER_CLOCK.get(str(device.get("compute_capability")), {})
+        per_clock = _PER_CLOCK.get(str(device.compute_capability), {})
         rates = {dtype: count * multiprocessors * clock_mhz * 1e6 for dtype, count in per_clock.items()}
     return Peaks(float(bandwidth), rates)
 
@@ -59,7 +59,7 @@ def roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     floor_energy_j = dynamic_j + floor power x floor_ns, so that waste_j, what is above it, is a lower bound. Empty on a
     device of unknown peaks or without pass *inspect*.
     """
-    limits = peaks(attribution.run.facts["device"])
+    limits = peaks(attribution.run.facts.device)
     if limits is None or attribution.identified is None or phase not in attribution.accounts:
         return pd.DataFrame(columns=_COLUMNS)
     account = attribution.accounts[phase]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import nvtx
 
-DOMAIN = "llmkern"
+from llmkern.runfolder.vocabulary import DOMAIN
 
 
 class Range(NamedTuple):
@@ -32,14 +33,16 @@ class Range(NamedTuple):
 class Annotator:
     """Collects ranges of one pass on the thread that runs the model, and mirrors them to NVTX domain ``llmkern``.
 
-    Opening or closing a range costs about a microsecond, so layers are annotated only where that is allowed.
+    Opening or closing a range costs about a microsecond, so layers are annotated only where that is allowed. A range
+    that did not end by itself is no range: :meth:`abandon` leaves it out.
     """
 
     def __init__(self) -> None:
         self._domain = nvtx.get_domain(DOMAIN)
         self._attributes: dict[tuple[str, str], Any] = {}
         self._open: list[tuple[int, str, str, str | None, int | None]] = []
-        self._closed: list[tuple[Any, ...]] = []
+        # Appended to here and emptied by another thread: both ends of a deque are atomic.
+        self._closed: deque[tuple[Any, ...]] = deque()
         self._thread = threading.get_native_id()
         self.last_start_ns = 0
         self.round: int | None = None
@@ -72,6 +75,12 @@ class Annotator:
         )
         return end_ns
 
+    def abandon(self, depth: int) -> None:
+        """Close the ranges beyond *depth* for other tools and forget them: what they hold was cut off."""
+        while len(self._open) > depth:
+            self._open.pop()
+            self._domain.pop_range()
+
     def emit(self, name: str, category: str, payload: Any) -> None:
         """Open a range for other tools only, with *payload*; :meth:`emit_end` closes the innermost."""
         self._domain.push_range(self._domain.get_event_attributes(message=name, category=category, payload=payload))
@@ -85,11 +94,14 @@ class Annotator:
 
     @contextmanager
     def range(self, name: str, category: str, phase: str | None = None, token: int | None = None) -> Iterator[None]:
+        depth = self.depth
         self.push(name, category, phase, token)
         try:
             yield
-        finally:
-            self.pop()
+        except BaseException:
+            self.abandon(depth)
+            raise
+        self.pop()
 
     @property
     def depth(self) -> int:
@@ -97,8 +109,10 @@ class Annotator:
 
     def drain(self) -> list[Range]:
         """Return and forget the ranges closed since the last call (safe from another thread)."""
-        closed, self._closed = self._closed, []
-        return [Range._make(values) for values in closed]
+        closed = []
+        while self._closed:
+            closed.append(Range._make(self._closed.popleft()))
+        return closed
 
 
 def columns(ranges: list[Range], pass_name: str) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from importlib import metadata
-from typing import Any
 
 import psutil
 import torch
 
 from llmkern import __version__
-from llmkern.record.cpu import cpu_name
+from llmkern.record.device.cpu import cpu_name
+from llmkern.runfolder.facts import HostFacts
 
 _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "accelerate", "nvidia-ml-py", "nvtx", "cupy-cuda13x")
 
@@ -37,11 +37,11 @@ def _module_version(package: str) -> str | None:
         return None
 
 
-def host() -> dict[str, Any]:
+def host() -> HostFacts:
     """Return what the host is: CPU, cores, memory, kernel."""
-    return {
-        "cpu": cpu_name(),
-        "cpu_threads": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release()}",
-    }
+    return HostFacts(
+        cpu=cpu_name(),
+        cpu_threads=psutil.cpu_count(),
+        memory_bytes=psutil.virtual_memory().total,
+        system=f"{platform.system()} {platform.release()}",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,79 +24,73 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return best
 
 
+@dataclass
 class Generation:
     """Greedy generation of exactly n tokens for one batch of prompts, annotated.
 
-    *input_ids* and *attention_mask* are int64 tensors of shape [batch, prompt tokens]; *cache* is used by every
-    generation in the place of a new one. A phase ends when the device
-    has finished it: generate reads the stopping criterion back after every token, which synchronises, and
-    *synchronize* is called at the end.
+    *inputs* are input_ids and attention_mask, int64 tensors of shape [batch, prompt tokens]; *cache* is used by every
+    generation in the place of a new one. A phase ends when the device has finished it: generate reads the stopping
+    criterion back after every token, which synchronises, and *synchronize* is called at the end. What is cut off, by a
+    signal or for want of memory, leaves no range of a phase, token or layer behind that did not end.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        annotator: Annotator,
-        synchronize: Callable[[], None],
-        cache: Any = None,
-    ) -> None:
-        self._model = model
-        self._cache = cache
-        self.inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        self._annotator = annotator
-        self._synchronize = synchronize
-        self._step = 0
-        self._token: int | None = None
+    model: Any
+    inputs: dict[str, torch.Tensor]
+    annotator: Annotator
+    synchronize: Callable[[], None]
+    cache: Any = None
+    _step: int = field(default=0, init=False)
+    _token: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        config = self.model.generation_config
         # An end-of-sequence token would end a run early; the study's lengths are exact.
-        model.generation_config.eos_token_id = None
-        if model.generation_config.pad_token_id is None:
-            model.generation_config.pad_token_id = 0
+        config.eos_token_id = None
+        if config.pad_token_id is None:
+            config.pad_token_id = 0
 
     def __call__(self, new_tokens: int) -> float:
         """Generate *new_tokens* tokens per sequence and return the seconds until the device was done."""
-        note = self._annotator
+        note = self.annotator
         note.new_tokens = new_tokens
         self._step, self._token = 0, None
         kept = {}
-        if self._cache is not None:
+        if self.cache is not None:
             with torch.inference_mode():
-                self._cache.reset()
-            kept["past_key_values"] = self._cache
-        self._synchronize()
+                self.cache.reset()
+            kept["past_key_values"] = self.cache
+        self.synchronize()
         config = GenerationConfig(
             max_new_tokens=new_tokens,
             do_sample=False,
             use_cache=True,
-            pad_token_id=self._model.generation_config.pad_token_id,
+            pad_token_id=self.model.generation_config.pad_token_id,
             # With a cache of fixed size generate would compile the model, which is another one then.
             disable_compile=True,
         )
         depth = note.depth
-        note.push(f"generate({new_tokens})", "generate")
-        note.push("prefill", "phase", phase="prefill")
         hooks = [
-            self._model.register_forward_pre_hook(self._before_forward),
-            self._model.register_forward_hook(self._after_forward),
+            self.model.register_forward_pre_hook(self._before_forward),
+            self.model.register_forward_hook(self._after_forward),
         ]
-        elapsed_ns = 0
         try:
+            note.push(f"generate({new_tokens})", "generate")
+            note.push("prefill", "phase", phase="prefill")
             with torch.inference_mode():
-                self._model.generate(**self.inputs, **kept, generation_config=config)
-            self._synchronize()
+                self.model.generate(**self.inputs, **kept, generation_config=config)
+            self.synchronize()
             note.pop()
             end_ns = note.pop()
-            elapsed_ns = end_ns - note.last_start_ns
+            return (end_ns - note.last_start_ns) / 1e9
+        except BaseException:
+            note.abandon(depth)
+            raise
         finally:
             for hook in hooks:
                 hook.remove()
-            while note.depth > depth:
-                note.pop()
-        return elapsed_ns / 1e9
 
     def _before_forward(self, _module: nn.Module, _args: Any) -> None:
-        note = self._annotator
+        note = self.annotator
         if self._step == 1:
             note.pop()
             note.push("decode", "phase", phase="decode")
@@ -107,7 +102,7 @@ class Generation:
         return "decode" if self._token else "prefill", self._token
 
     def _after_forward(self, _module: nn.Module, _args: Any, _output: Any) -> None:
-        self._annotator.pop()
+        self.annotator.pop()
         self._step += 1
 
     @contextmanager
@@ -117,20 +112,24 @@ class Generation:
         Each layer's forward is wrapped for the time: two hooks per layer would cost several times as much, because they
         switch off the short way through torch.nn.Module's call.
         """
-        note = self._annotator
+        note = self.annotator
 
         def marked(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
             @functools.wraps(forward)
             def run(*args: Any, **kwargs: Any) -> Any:
+                depth = note.depth
                 note.push(name, "layer", "decode" if self._step else "prefill", self._step)
                 try:
-                    return forward(*args, **kwargs)
-                finally:
-                    note.pop()
+                    result = forward(*args, **kwargs)
+                except BaseException:
+                    note.abandon(depth)
+                    raise
+                note.pop()
+                return result
 
             return run
 
-        layers = decoder_layers(self._model)
+        layers = decoder_layers(self.model)
         before = [vars(layer).get("forward") for layer in layers]
         try:
             for index, layer in enumerate(layers):

@@ -101,19 +101,19 @@ def moved_bytes(op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
 
 def flops(
     func: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    called: tuple[tuple[Any, ...], Mapping[str, Any]],
     result: Any,
     inputs: list[torch.Tensor],
     outputs: list[torch.Tensor],
 ) -> int:
-    """Return the floating-point (or integer multiply-add) operations of a product or attention, 0 for everything else.
+    """Return the operations of a product or attention *called* with (args, kwargs), 0 for everything else.
 
     By PyTorch's own formulas, and for what it has none for: 2 x results x inner dimension for products, 4 x batch x
     heads x queries x keys x head size for attention (masked halves counted, as PyTorch counts them).
     """
     formula = flop_registry.get(func._overloadpacket)
     if formula is not None:
+        args, kwargs = called
         return int(formula(*args, **kwargs, out_val=result))
     name = str(func)
     if not outputs or not inputs:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from llmkern.runfolder.facts import OptionFacts, without_home
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class TraceOptions:
     out: Path | None = None
     force: bool = False
 
-    def facts(self) -> dict[str, Any]:
-        """Return the options as run.json keeps them."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+    def facts(self) -> OptionFacts:
+        """Return the options as run.json keeps them; where the run was written is no part of it."""
+        kept = {name: getattr(self, name) for name in OptionFacts.__dataclass_fields__}
+        prompts = None if self.prompts is None else without_home(str(self.prompts))
+        return OptionFacts(**{**kept, "model": without_home(self.model), "prompts": prompts})

@@ -5,23 +5,31 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmkern.record import interrupts
-from llmkern.run import RunWriter
+from llmkern.record import signals
+from llmkern.record.clock import ClockWatch
+from llmkern.runfolder import RunWriter
 
 _SWITCH_INTERVAL_S = 0.0005
+PERIOD_S = 0.9
 
 Source = Callable[[], Mapping[str, Mapping[str, Any]]]
 
 
 class Pump:
-    """Drains *sources* every *period_s* seconds into *writer*; a failure is kept and raised by :meth:`check`."""
+    """Drains *sources* every *period_s* seconds into *writer*; a failure is kept and raised by :meth:`check`.
 
-    def __init__(self, writer: RunWriter, sources: list[Source], period_s: float = 0.9) -> None:
+    What was drained in a period in which *clock* was set is thrown away: its times mean nothing.
+    """
+
+    def __init__(
+        self, writer: RunWriter, sources: Sequence[Source], clock: ClockWatch | None = None, period_s: float = PERIOD_S
+    ) -> None:
         self._writer = writer
         self._sources = sources
+        self._clock = clock or ClockWatch()
         self._period_s = period_s
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -48,8 +56,8 @@ class Pump:
             self._pump()
 
     def check(self) -> None:
-        """Raise what stopped the pump (a full disk, say), or the user's Ctrl+C, if anything did."""
-        interrupts.check()
+        """Raise what stopped the pump (a full disk, a clock that was set), or a signal, if anything did."""
+        signals.check()
         if self._error is not None:
             raise self._error
 
@@ -62,9 +70,10 @@ class Pump:
             return
         begin_s = time.thread_time() - self._writer.released_s
         try:
-            for source in self._sources:
-                for table, columns in source().items():
-                    self._writer.append(table, columns)
+            drained = [part for source in self._sources for part in source().items()]
+            self._clock.look()
+            for table, columns in (*drained, *self._clock.drain().items()):
+                self._writer.append(table, columns)
         except BaseException as error:
             self._error = error
         self.held_s += time.thread_time() - self._writer.released_s - begin_s

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llmkern.record.graphs import is_graph
+from llmkern.runfolder.facts import DeviceFacts, ModelFacts
 
 COLUMNS = ["key", "signature", "duty", "launches", "seconds", "dynamic_j", "floor_w"]
+_TEXTS = ("key", "signature")
 
 
-def cache_file() -> Path:
-    """Return the user's cache file (XDG_CACHE_HOME, else ~/.cache)."""
+def cache_file() -> Path | None:
+    """Return the user's cache file (XDG_CACHE_HOME, else ~/.cache), None for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "llmkern" / "replays.parquet"
+    try:
+        return Path(base).expanduser() / "llmkern" / "replays.parquet"
+    except RuntimeError:
+        return None
 
 
-def cache_key(device: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
-    """Return what the joules of an operator depend on besides itself: board, driver, libraries."""
-    parts = {k: device.get(k) for k in ("uuid", "name", "driver_version", "power_limit_mw")}
+def cache_key(device: DeviceFacts, versions: Mapping[str, str | None], model: ModelFacts | None) -> str:
+    """Return what the joules of an operator depend on besides itself: board, driver, libraries, values of the weights.
+
+    Weights that are zero or random draw other power than those of a trained model.
+    """
+    parts = {k: getattr(device, k) for k in ("uuid", "name", "driver_version", "power_limit_mw")}
     parts |= {k: versions.get(k) for k in ("torch", "bitsandbytes", "triton")}
-    return json.dumps(parts, sort_keys=True)
+    return json.dumps({**parts, "weights": model.weights_key if model is not None else ""}, sort_keys=True)
 
 
 def load(key: str, file: Path | None = None) -> pd.DataFrame:
@@ -35,31 +45,51 @@ def load(key: str, file: Path | None = None) -> pd.DataFrame:
     return rows[rows["key"] == key]
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path | None) -> pd.DataFrame:
+    empty = pd.DataFrame({c: pd.Series(dtype=object if c in _TEXTS else float) for c in COLUMNS})
+    if file is None:
+        return empty
     try:
-        return pd.read_parquet(file, columns=COLUMNS)
-    except Exception:
+        rows = pq.read_table(file, columns=COLUMNS, page_checksum_verification=True).to_pandas()
+        numbers = rows[[c for c in COLUMNS if c not in _TEXTS]].astype(float)
+        texts = rows[list(_TEXTS)].astype(str)
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
         # Torn, of an older layout, absent or locked away: the replays are done again and the file is written anew.
-        return pd.DataFrame(columns=COLUMNS)
+        return empty
+    sound = (numbers[["launches", "seconds"]] > 0).all(axis=1) & numbers["duty"].between(0, 1, inclusive="right")
+    sound &= numbers[["dynamic_j", "floor_w"]].abs().lt(1e9).all(axis=1) & (numbers["floor_w"] >= 0)
+    return pd.concat([texts, numbers], axis=1)[COLUMNS][sound]
 
 
 def store(key: str, windows: pd.DataFrame, file: Path | None = None) -> None:
     """Add *windows* (COLUMNS without key) in place of those of the same signatures; a full disk costs only time.
 
-    A CUDA graph has a name in its own process only, and is not kept.
+    A CUDA graph has a name in its own process only, and is not kept. Several runs that end at once wait for each other.
     """
     windows = windows[~windows["signature"].astype(str).map(is_graph).astype(bool)]
     target = file or cache_file()
-    old = _read(target)
-    replaced = (old["key"] == key) & old["signature"].isin(set(windows["signature"]))
-    parts = [part for part in (old[~replaced], windows.assign(key=key)[COLUMNS]) if not part.empty]
-    if not parts:
+    if target is None or windows.empty:
         return
-    temporary = target.with_suffix(f".{os.getpid()}.tmp")
     # Without the cache the next run takes longer, and that is all.
-    with suppress(OSError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pd.concat(parts, ignore_index=True).to_parquet(temporary)
-        os.replace(temporary, target)
-    with suppress(OSError):
-        temporary.unlink(missing_ok=True)
+    with suppress(OSError, pa.ArrowException), _locked(target):
+        old = _read(target)
+        replaced = (old["key"] == key) & old["signature"].isin(set(windows["signature"]))
+        parts = [part for part in (old[~replaced], windows.assign(key=key)[COLUMNS]) if not part.empty]
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            merged = pa.Table.from_pandas(pd.concat(parts, ignore_index=True), preserve_index=False)
+            pq.write_table(merged, temporary, write_page_checksum=True)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(target.with_suffix(".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -27,7 +27,7 @@ def print_difference(
     for name, attribution in (("before", before), ("after", after)):
         for line in heading(attribution.run.facts):
             console.print(Text(f"{name}: ", style="bold").append_text(line), highlight=False)
-    names = {a.run.facts["device"]["name"] for a in (before, after)}
+    names = {a.run.facts.device.name for a in (before, after)}
     if len(names) > 1:
         text = f"These runs are of different devices ({', '.join(sorted(names))}): a difference may be the device's."
         console.print(Text(text, style="bold yellow"))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import click
+import msgspec
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.explain import Explanation
@@ -53,11 +55,21 @@ def difference_document(before: Attribution, after: Attribution, differences: li
 
 def run_facts(attribution: Attribution) -> dict[str, Any]:
     """Return what a run was of: folder, status, workload, device, versions."""
-    facts = attribution.run.facts
-    kept = ("status", "started", "command", "options", "model", "prompts", "device", "host", "versions", "elapsed_s")
-    return {"folder": str(attribution.run.path), **{name: facts[name] for name in kept if name in facts}}
+    facts: dict[str, Any] = msgspec.to_builtins(attribution.run.facts)
+    kept = ("started", "command", "options", "model", "prompts", "device", "host", "versions", "elapsed_s", "reason")
+    told = {name: facts[name] for name in kept if facts[name] not in (None, "", {})}
+    return {"folder": str(attribution.run.path), "status": attribution.run.status, **told}
+
+
+def finite(value: Any) -> Any:
+    """Return *value* with None in the place of every number that is none: JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def echo(document: dict[str, Any]) -> None:
     """Print *document* as JSON."""
-    click.echo(json.dumps(document, indent=1))
+    click.echo(json.dumps(finite(document), indent=1, allow_nan=False))

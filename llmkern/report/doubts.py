@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.identify import Identified
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder import vocabulary as word
+from llmkern.runfolder.facts import RunFacts
+from llmkern.runfolder.vocabulary import DRIFT, STEP_NS
 
 # Above this the recorder changes the run too much for its gaps to be taken at face value.
 RECORDER_LIMIT = 0.05
@@ -26,10 +29,12 @@ _THROTTLE = {
 
 def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
     """Return one sentence per thing that limits what the report may claim."""
-    facts = run.facts
     return [
-        *_interruption(facts),
-        *_weights(facts),
+        *_interruption(run),
+        *run.problems,
+        *_weights(run.facts),
+        *_prompts(run.facts),
+        *_clock(run),
         *_energy(run, attribution),
         *_recorder(run, attribution),
         *_agreement(attribution),
@@ -39,30 +44,51 @@ def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
     ]
 
 
-def _interruption(facts: dict[str, Any]) -> list[str]:
-    status = facts.get("status")
-    if status == "complete":
+def _interruption(run: RunFolder) -> list[str]:
+    if run.complete:
         return []
-    reason = f": {facts['reason']}" if facts.get("reason") else " before it ended"
+    if run.status == word.RECORDING:
+        return ["This run is incomplete: it is being recorded right now. What follows rests on what is written so far."]
+    reason = f": {run.facts.reason}" if run.facts.reason else " before it ended, without a word (killed?)"
     return [
         f"This run is incomplete; its recording stopped{reason}. What follows rests on what was written until then."
     ]
 
 
-def _weights(facts: dict[str, Any]) -> list[str]:
-    note = facts.get("model", {}).get("weights_note")
-    return [note] if note and facts.get("model", {}).get("weights") == "random" else []
+def _weights(facts: RunFacts) -> list[str]:
+    model = facts.model
+    return [model.weights_note] if model is not None and model.weights == "random" and model.weights_note else []
+
+
+def _prompts(facts: RunFacts) -> list[str]:
+    source = facts.prompts.source if facts.prompts is not None else ""
+    # The other sources leave nothing out.
+    return [f"Prompts: {source}."] if source.startswith("the first") or "no tokenizer" in source else []
+
+
+def _clock(run: RunFolder) -> list[str]:
+    """Say where the wall clock was set during the recording: times before and after do not belong together."""
+    looks = run.table("clocks").sort_values("monotonic_ns")
+    offset = (looks["timestamp_ns"] - looks["monotonic_ns"]).to_numpy()
+    changes, passed = np.diff(offset), np.diff(looks["monotonic_ns"].to_numpy())
+    stepped = np.abs(changes) > STEP_NS + DRIFT * passed
+    if not stepped.any():
+        return []
+    return [
+        f"The system clock was set by {changes[stepped].sum() / 1e9:+,.3f} s during the recording: times before and "
+        "after it do not belong together; trace the run again."
+    ]
 
 
 def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     weighed = attribution.weighed
-    if weighed is None and "imported" in run.facts:
+    if weighed is None and run.facts.imported is not None:
         return [
             "The capture holds no energy, only time: import it again with --energy RUN, a run of the same workload "
             "that llmkern weighed, for joules.",
-            *(f"The capture lacks {what}." for what in run.facts["imported"]["missing"]),
+            *(f"The capture lacks {what}." for what in run.facts.imported.missing),
         ]
-    if run.facts.get("options", {}).get("annotate_only") and "imported" not in run.facts:
+    if run.facts.options.annotate_only and run.facts.imported is None:
         return [
             "No kernels were recorded (--annotate-only): export the profiler's capture and complete this run with "
             f"'llmkern import CAPTURE.sqlite --energy {run.path}'.",
@@ -70,7 +96,7 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     if weighed is None:
         return ["No complete weigh window was recorded, so there are no latencies or joules per phase."]
     if any(p.energy_j is None for p in weighed.phases.values()):
-        where = "RAPL" if run.facts["device"]["kind"] == "cpu" else "NVML"
+        where = run.facts.device.counter_source
         return [f"There is no energy: {where} gave no counter on this machine ('llmkern doctor' says why); time only."]
     found = []
     if attribution.marginals is None:
@@ -102,7 +128,8 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
 
 def _sensors(run: RunFolder) -> list[str]:
     """Say what this board's sensors cannot tell."""
-    missing = run.facts.get("sensors", {}).get("nvml_total", {}).get("unsupported", {})
+    meter = run.facts.sensors.get(word.NVML_COUNTER)
+    missing = meter.unsupported if meter is not None else {}
     found = []
     if "power_samples" in missing:
         found.append(
@@ -121,7 +148,7 @@ def _too_short(run: RunFolder, attribution: Attribution) -> list[str]:
     weighed = attribution.weighed
     if weighed is None or not {"prefill", "decode"} <= set(weighed.phases):
         return []
-    tokens = int(run.facts["options"]["new_tokens"]) - 1
+    tokens = run.facts.options.new_tokens - 1
     decode_s = tokens * weighed.phases["decode"].latency_s.value
     share = decode_s / (decode_s + weighed.phases["prefill"].latency_s.value)
     if share >= LEAST_SHARE:
@@ -134,18 +161,32 @@ def _too_short(run: RunFolder, attribution: Attribution) -> list[str]:
 
 def _recorder(run: RunFolder, attribution: Attribution) -> list[str]:
     found = []
-    recorder = run.facts.get("recorder", {})
-    dropped, lost = recorder.get("dropped_records", 0), recorder.get("lost_timestamps", 0)
-    if dropped or lost:
-        found.append(
-            f"CUPTI dropped {dropped} records and lost {lost} time stamps: launches and busy time are too low."
-        )
-    for account in attribution.accounts.values():
-        if account.recorder_effect > RECORDER_LIMIT:
+    for name, recorder in run.facts.recorders.items():
+        if recorder.lost:
+            what = "operators" if name == word.INSPECT else "launches and busy time"
             found.append(
-                f"The recorder made {account.phase} {account.recorder_effect:.1%} longer (limit "
-                f"{RECORDER_LIMIT:.0%}); gap time is taken from the weighed run, their shares from the traced one."
+                f"CUPTI dropped {recorder.dropped_records + recorder.failed_allocations + recorder.failed_decodes} "
+                f"records and lost {recorder.lost_timestamps} time stamps in pass {name}: {what} are too low."
             )
+    for account in attribution.accounts.values():
+        effect = account.recorder_effect
+        if effect is None or effect.low is None or effect.high is None:
+            continue
+        told = f"{account.phase} {abs(effect.value):.1%} [{abs(effect.low):.1%}, {abs(effect.high):.1%}]"
+        if effect.low > RECORDER_LIMIT:
+            found.append(
+                f"The recorder makes {told} longer (limit {RECORDER_LIMIT:.0%}); gap time is taken from the weighed "
+                "run, their shares from the traced one."
+            )
+        elif effect.high < -RECORDER_LIMIT:
+            found.append(f"Under the recorder {told} was faster, which no recorder does: the host was not the same.")
+    for weight in attribution.only_weighed:
+        found.append(
+            f"The timeline holds no whole {weight.phase}: its latency and energy are as weighed, where they went is "
+            "not known."
+        )
+    if attribution.weighed is not None:
+        found += attribution.weighed.unknown.values()
     devices = run.table("kernels", ["device"])["device"].nunique()
     if devices > 1:
         found.append(f"Kernels ran on {devices} devices; the accounts are those of one.")

@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from llmkern import __version__
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.estimate import Estimate
-from llmkern.errors import RecordingError
 from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference, compare, tokens
 from llmkern.explain.finding import Finding, share_of
@@ -26,6 +26,8 @@ from llmkern.report import charts
 from llmkern.report.difference import signed
 from llmkern.report.tables import run_tables
 from llmkern.report.why import price
+from llmkern.runfolder.facts import RunFacts
+from llmkern.runfolder.place import begins_with, placed
 from llmkern.text import count, quantity, short_name, with_interval
 
 _ROWS = 60
@@ -34,12 +36,16 @@ _ROWS = 60
 def write_page(
     explanation: Explanation, uncertain: list[str], books: list[str], file: Path, baseline: Attribution | None = None
 ) -> None:
-    """Write the page of a run to *file*; raises RecordingError where that fails."""
+    """Write the page of a run to *file*, replacing an older one when it is whole.
+
+    Raises UsageError where *file* is no page of ours, RecordingError where the disk refuses.
+    """
     text = page(explanation, uncertain, books, baseline)
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecordingError(f"writing {file} failed ({error.strerror}): choose another file with --html.") from error
+    with placed(file, is_page, force=True, option="--html") as beside:
+        beside.write_text(text, encoding="utf-8", errors="replace")
+
+
+is_page = begins_with(b'<meta name="generator" content="llmkern">', within=1024)
 
 
 def page(explanation: Explanation, uncertain: list[str], books: list[str], baseline: Attribution | None = None) -> str:
@@ -52,15 +58,15 @@ def page(explanation: Explanation, uncertain: list[str], books: list[str], basel
     facts = attribution.run.facts
     tables = run_tables(explanation)
     uncertain = list(uncertain)
-    options, model = facts["options"], facts.get("model", {})
+    options, model, prompts = facts.options, facts.model, facts.prompts
     source = resources.files("llmkern.report") / "page"
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (source / "page.html.j2").read_text()
     )
     return template.render(
-        title=f"{model.get('name', options['model'])} {options['precision']}, batch {options['batch']}: "
-        f"{facts.get('prompts', {}).get('tokens', '?')} prompt tokens, {options['new_tokens']} new",
-        device=facts["device"]["name"],
+        title=f"{model.name if model is not None else options.model} {options.precision}, batch {options.batch}: "
+        f"{prompts.tokens if prompts is not None else '?'} prompt tokens, {options.new_tokens} new",
+        device=facts.device.name,
         incomplete="" if attribution.run.complete else uncertain.pop(0),
         answer=_answer(explanation),
         against=_against(baseline, compared),
@@ -136,7 +142,7 @@ def _against(baseline: Attribution | None, compared: list[Difference]) -> str:
     if baseline is None or not compared:
         return ""
     facts, first = baseline.run.facts, compared[0]
-    name = f"{facts.get('model', {}).get('name', facts['options']['model'])} {facts['options']['precision']}"
+    name = f"{facts.model.name if facts.model is not None else facts.options.model} {facts.options.precision}"
     if first.before_j is None or first.after_j is None:
         return f"Per token {first.after_s.value / first.before_s.value:.2f} times the time of {name} in {first.phase}."
     parts = [
@@ -328,10 +334,10 @@ def _text(value: Any) -> str:
     return "–" if value is None or value != value else str(value)
 
 
-def _environment(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    device, host = facts["device"], facts.get("host", {})
-    rows = [("llmkern", __version__), ("started", facts["started"]), ("command", facts.get("command", ""))]
-    rows += [(name, str(version)) for name, version in facts["versions"].items() if version]
+def _environment(facts: RunFacts) -> list[tuple[str, str]]:
+    device, host = asdict(facts.device), asdict(facts.host)
+    rows = [("llmkern", __version__), ("started", facts.started), ("command", facts.command)]
+    rows += [(name, str(version)) for name, version in facts.versions.items() if version]
     rows += [(name.replace("_", " "), str(value)) for name, value in device.items() if value is not None]
     rows += [(f"host {name.replace('_', ' ')}", str(value)) for name, value in host.items() if value is not None]
     return [row for row in rows if row[1]]

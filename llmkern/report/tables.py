@@ -12,7 +12,7 @@ import pandas as pd
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.estimate import Estimate
-from llmkern.errors import RecordingError
+from llmkern.errors import RecordingError, UsageError
 from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference, change, tokens
 from llmkern.explain.finding import Finding
@@ -58,6 +58,17 @@ def difference_tables(differences: list[Difference]) -> dict[str, pd.DataFrame]:
             for name in ("bars", "work", "modules")
         },
     }
+
+
+def check_csv_folder(folder: Path) -> None:
+    """Refuse *folder* where something is that no table of ours replaces; raises UsageError."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is a file: choose another folder with --csv.")
+    foreign = next((entry.name for entry in sorted(folder.iterdir()) if entry.suffix != ".csv"), None)
+    if foreign is not None:
+        raise UsageError(f"{folder} holds {foreign}, which is no table of a report: choose another folder with --csv.")
 
 
 def write_csv(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
@@ -149,7 +160,7 @@ def _per_phase(attribution: Attribution, of: Any) -> pd.DataFrame:
 
 def _phase(attribution: Attribution, account: PhaseAccount) -> dict[str, Any]:
     count = tokens(attribution, account)
-    weight = account.weight
+    weight, effect = account.weight, account.recorder_effect
     row: dict[str, Any] = {"phase": account.phase, "unit": account.unit, "tokens_per_unit": count}
     estimates = {
         "latency_s": weight.latency_s,
@@ -171,5 +182,7 @@ def _phase(attribution: Attribution, account: PhaseAccount) -> dict[str, Any]:
         "busy_share": account.busy_share,
         "launches": account.launches,
         "residual_j": account.residual_j,
-        "recorder_effect": account.recorder_effect,
+        "recorder_effect": None if effect is None else effect.value,
+        "recorder_effect_low": None if effect is None else effect.low,
+        "recorder_effect_high": None if effect is None else effect.high,
     }

@@ -19,7 +19,7 @@ from llmkern.attribute.memory import memory_energy
 from llmkern.explain import Explanation
 from llmkern.report.heading import heading
 from llmkern.report.why import print_findings, print_predictions
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from llmkern.text import count, gap_name, quantity, short_name, with_interval
 
 # The low end of what CPU-energy studies use for DDR DIMMs: 3 W per 8 GB (CodeCarbon's methodology page).
@@ -39,6 +39,9 @@ def print_report(explanation: Explanation, uncertain: list[str], console: Consol
     console.print()
     if attribution.accounts:
         console.print(_phase_table(run, attribution))
+        if attribution.only_weighed:
+            console.print("\nWeighed, but without one whole phase in the timeline, so that its energy cannot be split:")
+            console.print(_weighed_table(attribution))
         print_findings(explanation, console)
         print_predictions(explanation, console)
         console.print()
@@ -74,8 +77,9 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
     accounts = list(attribution.accounts.values())
     for account in accounts:
         table.add_column(f"{account.phase}, per {account.unit}", justify="right")
-    batch = int(run.facts["options"]["batch"])
-    prompt_tokens = sum(run.facts["prompts"]["effective_tokens"])
+    batch = run.facts.options.batch
+    prompts = run.facts.prompts
+    prompt_tokens = sum(prompts.effective_tokens) if prompts is not None else 0
 
     def tokens(account: PhaseAccount) -> int:
         return prompt_tokens if account.unit == "call" else batch
@@ -89,15 +93,14 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
 
     def per_second(account: PhaseAccount) -> str:
         # What one range of another tool's capture computes, nothing says.
-        known = account.unit in ("call", "token")
+        known = account.unit in ("call", "token") and tokens(account)
         return f"{tokens(account) / account.weight.latency_s.value:,.1f}" if known else "–"
 
     def per_token(account: PhaseAccount) -> str:
         energy = account.weight.energy_j
-        return "–" if energy is None else with_interval(energy.scaled(1 / tokens(account)), "J")
+        return "–" if energy is None or not tokens(account) else with_interval(energy.scaled(1 / tokens(account)), "J")
 
-    device = "GPU" if run.facts["device"]["kind"] == "cuda" else "CPU"
-    things = "kernels" if device == "GPU" else "operators"
+    device, things = run.facts.device.called, run.facts.device.launches
     rows: list[tuple[str, list[str]]] = [
         ("latency", [with_interval(a.weight.latency_s, "s") for a in accounts]),
         ("tokens/s", [per_second(a) for a in accounts]),
@@ -113,16 +116,15 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
         ("residual", [share(a.residual_j, a) for a in accounts]),
         ("idle floor", [with_interval(a.floor_w, "W") for a in accounts]),
     ]
-    if attribution.weighed is not None:
-        rows.append(("recorder's effect", [f"{a.recorder_effect:+.1%}" for a in accounts]))
+    rows.append(("recorder's effect", [_effect(a.recorder_effect) for a in accounts]))
     if attribution.weighed is not None:
         memory = memory_energy(run, attribution.weighed, attribution.device)
         rows.append(("of the energy, HBM", [with_interval(memory.get(a.phase), "J") for a in accounts]))
     if attribution.host is not None:
         host = attribution.host.phases
         rows.append(("host CPU package", [with_interval(host[a.phase].energy_j, "J") for a in accounts]))
-    if run.facts["options"].get("estimate_ram"):
-        watts = RAM_W_PER_GIB * run.facts["host"]["memory_bytes"] / 2**30
+    if run.facts.options.estimate_ram:
+        watts = RAM_W_PER_GIB * run.facts.host.memory_bytes / 2**30
         text = [f"{quantity(watts * a.weight.latency_s.value, 'J')} (estimate)" for a in accounts]
         rows.append(("host RAM", text))
     for name, values in rows:
@@ -132,12 +134,18 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
     return table
 
 
+def _effect(effect: Estimate | None) -> str:
+    if effect is None or effect.low is None or effect.high is None:
+        return "–"
+    return f"{effect.value:+.1%} [{effect.low:+.1%}, {effect.high:+.1%}]"
+
+
 def _weighed_table(attribution: Attribution) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("phase", "latency", "energy"):
         table.add_column(title, justify="left" if title == "phase" else "right")
     assert attribution.weighed is not None
-    for weight in attribution.weighed.phases.values():
+    for weight in attribution.only_weighed:
         unit = f"{weight.phase}, per {weight.unit}"
         table.add_row(unit, with_interval(weight.latency_s, "s"), with_interval(weight.energy_j, "J"))
     return table
@@ -285,22 +293,28 @@ def books(run: RunFolder, attribution: Attribution) -> list[str]:
             text += f", energy {decode.energy_by_ranges_j.value / decode.energy_j.value - 1:+.2%}"
         lines.append(text + ".")
     lines += _replays(attribution)
-    cost = run.facts.get("own_cost")
-    if cost:
-        share = (cost["pump_s"] + cost["sensors_s"]) / cost["wall_s"]
+    cost = run.facts.own_cost
+    if cost is not None:
+        share = (cost.pump_s + cost.sensors_s) / cost.wall_s
         lines.append(
             f"While windows were weighed, llmkern's own threads can have held up the launches for {share:.2%} of the "
-            f"time at most (sensors {cost['sensors_s'] / cost['wall_s']:.2%}, writing "
-            f"{cost['pump_s'] / cost['wall_s']:.2%})."
+            f"time at most (sensors {cost.sensors_s / cost.wall_s:.2%}, writing "
+            f"{cost.pump_s / cost.wall_s:.2%})."
         )
-    recorder = run.facts.get("recorder")
-    if recorder:
+    recorder = run.facts.recorder
+    if recorder is not None:
         lines.append(
-            f"Recorder: {recorder.get('source')}, {recorder.get('kernels', 0):,} kernels, "
-            f"{recorder.get('launches', 0):,} host calls, {recorder.get('dropped_records', 0)} dropped."
+            f"Recorder: {recorder.source}, {recorder.kernels:,} kernels, {recorder.launches:,} host calls, "
+            f"{recorder.dropped_records} dropped."
         )
-    if run.facts.get("elapsed_s"):
-        lines.append(f"From command to run folder: {run.facts['elapsed_s']:.0f} s.")
+    clock = run.facts.clock
+    if clock is not None:
+        lines.append(
+            f"The wall clock kept step with the monotonic one to {clock.largest_change_ns / 1e3:,.0f} µs between two "
+            f"of {clock.looks} looks."
+        )
+    if run.facts.elapsed_s:
+        lines.append(f"From command to run folder: {run.facts.elapsed_s:.0f} s.")
     return lines
 
 

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 
 from llmkern.errors import UsageError
-from llmkern.workload.models import ModelSpec, build_config
+from llmkern.workload.models import ModelSpec, build_config, first_line
 from llmkern.workload.precision import DTYPES
-from llmkern.workload.weights import OutlierPlan, random_model
+from llmkern.workload.weights import OutlierPlan, RandomWeights, random_model
 
 HUB_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where weights come from: *kind* is hub, local or random; *reason* says why random ones if they are."""
+
+    kind: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to generate, and what the report says of it."""
+    """A model ready to generate, and what the report says of it.
+
+    *weights_key* names the values of the weights: what is known of one set of them says nothing of another.
+    """
 
     model: Any
-    tokenizer: Any
     config: PretrainedConfig
     weights_source: str
     weights_note: str
+    weights_key: str
     parameter_count: int
     weight_bytes: int
     outliers: OutlierPlan | None
@@ -37,58 +48,53 @@ class LoadedModel:
 
 def load_model(
     spec: ModelSpec,
-    *,
+    source: Source,
     precision: str,
-    weights: str = "auto",
     device: torch.device,
-    seed: int = 0,
-    outliers: int = 6,
-    double_quant: bool = False,
-    int8_threshold: float = 6.0,
-    progress: Callable[[str, int, int], None] | None = None,
+    how: RandomWeights | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LoadedModel:
-    """Return *spec* at *precision* on *device*.
+    """Return *spec* at *precision* on *device*; *how* quantizes, and draws random weights.
 
-    *weights* is auto, hub, local or random. Raises UsageError when the wanted weights cannot be had.
+    Raises UsageError when the wanted weights cannot be had.
     """
     started_s = time.perf_counter()
+    how = how or RandomWeights()
     # It warns at every call of every int8 layer of a bf16 model; writing that would be part of what is measured.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    source, reason = _choose(spec, weights)
     plan = None
-    if source == "random":
+    if source.kind == "random":
         config = build_config(spec)
-        model, plan = random_model(
-            config,
-            precision=precision,
-            device=device,
-            seed=seed,
-            outliers=outliers,
-            double_quant=double_quant,
-            int8_threshold=int8_threshold,
-            progress=progress,
-        )
-        tokenizer = None
-        note = _random_note(seed, plan, reason)
+        model, plan = random_model(config, precision, device, how, progress)
+        note = _random_note(how.seed, plan, source.reason)
+        key = f"random, seed {how.seed}, {len(plan.dimensions) if plan else 0} outliers"
     else:
-        model, tokenizer = _pretrained(spec, precision, device, double_quant, int8_threshold)
+        model = _pretrained(spec, precision, device, how)
         config = model.config
         note = f"Weights of {spec.path or spec.hub_id}."
+        key = f"{source.kind} {spec.hub_id or _fingerprint(spec)}"
     # The eos token would end a run early; the lengths of the study are exact.
     model.generation_config.eos_token_id = None
-    if device.type == "cuda":
+    if device.type != "cpu":
         torch.cuda.synchronize(device)
     return LoadedModel(
         model,
-        tokenizer,
         config,
-        source,
+        source.kind,
         note,
+        key,
         spec.parameters or sum(p.numel() for p in model.parameters()),
         stored_bytes(model),
         plan,
         time.perf_counter() - started_s,
     )
+
+
+def _fingerprint(spec: ModelSpec) -> str:
+    """Return what tells one folder of weights from another: the names, sizes and times of its files."""
+    assert spec.path is not None
+    files = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(spec.path.glob("*.safetensors"))]
+    return f"{zlib.crc32(repr(files).encode()):08x}"
 
 
 def stored_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -110,12 +116,14 @@ def stored_bytes(model: torch.nn.Module) -> int:
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in stored_tensors(model)}.values())
 
 
-def _choose(spec: ModelSpec, weights: str) -> tuple[str, str]:
-    """Return where the weights come from (local, hub, random), and why random ones if they are."""
+def choose_source(spec: ModelSpec, weights: str) -> Source:
+    """Return where the weights of *spec* come from for ``--weights``; raises UsageError where they cannot be had."""
     if weights == "random":
-        return "random", "as asked for"
+        return Source("random", "as asked for")
     if spec.path is not None:
-        return "local", ""
+        if weights == "hub":
+            raise UsageError(f"--weights hub, but --model {spec.path} is a folder: use --weights local or auto.")
+        return Source("local")
     if weights == "local":
         raise UsageError(
             f"--weights local needs a folder: give its path as --model instead of {spec.name!r}, "
@@ -124,10 +132,10 @@ def _choose(spec: ModelSpec, weights: str) -> tuple[str, str]:
     if spec.hub_id is None:
         if weights == "hub":
             raise UsageError(f"{spec.name} has no weights on the hub: use --weights random.")
-        return "random", "the model has no published weights"
+        return Source("random", "the model has no published weights")
     problem = hub_problem(spec.hub_id)
     if problem is None:
-        return "hub", ""
+        return Source("hub")
     if weights == "hub":
         raise UsageError(
             f"the weights of {spec.hub_id} cannot be had ({problem}): check the network, log in with 'hf auth login' "
@@ -138,7 +146,7 @@ def _choose(spec: ModelSpec, weights: str) -> tuple[str, str]:
             f"{spec.hub_id} cannot be had ({problem}) and its architecture is not known here: check the id and the "
             "network, or use a name from 'llmkern models'."
         )
-    return "random", f"{spec.hub_id} cannot be had: {problem}"
+    return Source("random", f"{spec.hub_id} cannot be had: {problem}")
 
 
 def hub_problem(hub_id: str) -> str | None:
@@ -159,41 +167,44 @@ def hub_problem(hub_id: str) -> str | None:
     return None
 
 
-def _pretrained(
-    spec: ModelSpec, precision: str, device: torch.device, double_quant: bool, int8_threshold: float
-) -> tuple[Any, Any]:
+def _pretrained(spec: ModelSpec, precision: str, device: torch.device, how: RandomWeights) -> Any:
     source = str(spec.path or spec.hub_id)
     dtype = DTYPES[precision]
     quantization = None
     if precision == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=int8_threshold)
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=how.int8_threshold)
     elif precision == "int4":
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_use_double_quant=how.double_quant,
         )
     try:
+        # Pickled weights could run anything; safetensors hold numbers.
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map={"": device}, quantization_config=quantization
+            source, dtype=dtype, device_map={"": device}, quantization_config=quantization, use_safetensors=True
         )
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:
+        # A folder that somebody else wrote can be wrong in every way; all of them are this sentence.
         raise UsageError(
-            f"the weights of {source} cannot be loaded ({first}): check the folder or id, or use --weights random."
+            f"the weights of {source} cannot be loaded ({first_line(error)}): check the folder or id (weights have to "
+            "be safetensors), or use --weights random."
         ) from error
     model.eval()
-    return model, _tokenizer(source)
+    return model
 
 
-def _tokenizer(source: str) -> Any:
-    """Return the tokenizer of *source*, None if it has none: prompts are then token ids."""
+def load_tokenizer(spec: ModelSpec, source: Source) -> Any:
+    """Return the tokenizer of *spec*, None if it has none or its weights are random: prompts are then token ids."""
+    if source.kind == "random":
+        return None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(str(spec.path or spec.hub_id))
+    except Exception:
+        # Whatever is wrong with it, token ids are the way on, and the report names the source of the prompts.
         return None
     # From a folder without a vocabulary Transformers makes a tokenizer that knows its special tokens only.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None

@@ -147,8 +147,10 @@ def find_model(name: str) -> ModelSpec:
     Raises UsageError that offers the nearest names.
     """
     wanted = name.strip().lower()
+    if not wanted:
+        raise UsageError("--model is empty: give a name from 'llmkern models', a Hugging Face id or a local folder.")
     for spec in REGISTRY.values():
-        if wanted in (spec.name, *spec.aliases, (spec.hub_id or "").lower()):
+        if wanted in (spec.name, *spec.aliases, *([spec.hub_id.lower()] if spec.hub_id else [])):
             return spec
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -168,9 +170,9 @@ def find_model(name: str) -> ModelSpec:
 
 
 def build_config(spec: ModelSpec) -> PretrainedConfig:
-    """Return the Transformers configuration of *spec*.
+    """Return the Transformers configuration of *spec*: that of a decoder which generates text.
 
-    Raises UsageError when it has to come from a folder or the hub and cannot be had.
+    Raises UsageError when it has to come from a folder or the hub and cannot be had, or is of another kind of model.
     """
     import transformers
 
@@ -182,10 +184,79 @@ def build_config(spec: ModelSpec) -> PretrainedConfig:
         return configuration
     source = str(spec.path or spec.hub_id)
     try:
-        return transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        found = transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
+        # A folder that somebody else wrote can be wrong in every way; all of them are this sentence.
         raise UsageError(
-            f"the configuration of {source} cannot be had ({first}): check the id and the network, log in with "
-            "'hf auth login' for gated models, or use a name from 'llmkern models'."
+            f"the configuration of {source} cannot be had ({first_line(error)}): check the id and the network, log in "
+            "with 'hf auth login' for gated models, or use a name from 'llmkern models'."
         ) from error
+    check_decoder(found, source)
+    return found
+
+
+def check_decoder(config: PretrainedConfig, source: str) -> None:
+    """Raise UsageError unless *config* is of a decoder-only language model."""
+    from transformers.models.auto import modeling_auto
+
+    kind = str(getattr(config, "model_type", "unknown"))
+    what = None
+    if getattr(config, "is_encoder_decoder", False):
+        what = "an encoder-decoder"
+    elif kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        what = "not a causal language model"
+    elif kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
+        what = "an encoder"
+    if what is not None:
+        raise UsageError(
+            f"{source} ({kind}) is {what}: llmkern traces decoder-only models, as AutoModelForCausalLM loads them; "
+            "'llmkern models' lists some."
+        )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what *error* says, its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder that its memory depends on, whatever its architecture calls them.
+
+    *kv_heads* x *head_size* values are kept per layer, token and of keys and values each; 0 where no attention is.
+    """
+
+    layers: int
+    hidden: int
+    inner: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+    positions: int | None
+
+
+def shape_of(config: Any, source: str = "the model") -> Shape:
+    """Return the sizes in *config*; raises UsageError for one that says none, or ones that cannot be."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+    def size(*names: str) -> int | None:
+        for name in names:
+            value = getattr(text, name, None)
+            if isinstance(value, list | tuple) and value:
+                # One per layer, where layers differ: the largest is what memory needs.
+                value = max(value)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+        return None
+
+    layers, hidden, vocabulary = size("num_hidden_layers"), size("hidden_size"), size("vocab_size")
+    if layers is None or hidden is None or vocabulary is None:
+        raise UsageError(
+            f"the configuration of {source} lacks a positive num_hidden_layers, hidden_size or vocab_size: it is of no "
+            "decoder-only language model that llmkern knows how to size."
+        )
+    heads = size("num_attention_heads")
+    kv_heads = 1 if getattr(text, "multi_query", False) else size("num_key_value_heads", "num_kv_heads") or heads
+    head_size = size("head_dim") or (hidden // heads if heads else 0)
+    inner = size("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * hidden
+    return Shape(layers, hidden, inner, kv_heads or 0, head_size, vocabulary, size("max_position_embeddings"))

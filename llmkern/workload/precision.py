@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from llmkern.errors import DeviceError, OutOfMemoryError
+from llmkern.errors import DeviceError, OutOfMemoryError, UsageError
+from llmkern.workload.models import first_line, shape_of
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 # The dtype of everything that is not a quantized weight. bitsandbytes casts to fp16 inside LLM.int8() by itself.
 DTYPES = {
     "fp32": torch.float32,
@@ -28,10 +29,8 @@ def have_bitsandbytes() -> bool:
     return importlib.util.find_spec("bitsandbytes") is not None
 
 
-def check_precision(
-    precision: str, device_kind: str, capability: tuple[int, int] | None, bitsandbytes_installed: bool
-) -> None:
-    """Refuse a *precision* that the device cannot run; *capability* is (major, minor) of a CUDA device.
+def check_precision(precision: str, capability: tuple[int, int] | None, bitsandbytes_installed: bool) -> None:
+    """Refuse a *precision* that the device cannot run; *capability* is (major, minor) of a CUDA device, None of others.
 
     Raises DeviceError.
     """
@@ -40,7 +39,7 @@ def check_precision(
             f"--precision {precision} needs bitsandbytes, which is not installed: 'pip install bitsandbytes', "
             "or choose bf16, fp16 or fp32."
         )
-    if device_kind != "cuda" or capability is None:
+    if capability is None:
         return
     least = {"bf16": (8, 0), "int8": (7, 5), "int4": (7, 0)}.get(precision, (0, 0))
     if capability < least:
@@ -66,29 +65,46 @@ def weight_bytes(linear_weights: int, other_parameters: int, precision: str, dou
     return other + linear_weights * DTYPES[precision].itemsize
 
 
-def required_bytes(
-    config: Any, precision: str, batch: int, prompt_tokens: int, new_tokens: int, double_quant: bool = False
-) -> int:
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of a model: *batch* sequences of *prompt_tokens* computed and *new_tokens* generated tokens."""
+
+    precision: str
+    batch: int
+    prompt_tokens: int
+    new_tokens: int
+    double_quant: bool = False
+
+
+def required_bytes(config: Any, workload: Workload) -> int:
     """Return the bytes that a run needs: weights + KV cache + the largest activations + a CUDA context.
 
     KV cache = 2 x layers x KV heads x head size x batch x tokens; the activations of a prefill are taken as the MLP's
-    two inner tensors and the hidden state, in the model's dtype.
+    two inner tensors and the hidden state, in the model's dtype. Raises UsageError for a model that cannot be built.
     """
     linear, other = count_parameters(config)
-    dtype_bytes = DTYPES[precision].itemsize
-    tokens = prompt_tokens + new_tokens
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * batch * tokens * dtype_bytes
-    activations = batch * prompt_tokens * (2 * config.intermediate_size + 4 * config.hidden_size) * dtype_bytes
-    return weight_bytes(linear, other, precision, double_quant) + cache + activations + CONTEXT_BYTES
+    shape = shape_of(config)
+    dtype_bytes = DTYPES[workload.precision].itemsize
+    tokens = workload.prompt_tokens + workload.new_tokens
+    cache = 2 * shape.layers * shape.kv_heads * shape.head_size * workload.batch * tokens * dtype_bytes
+    activations = workload.batch * workload.prompt_tokens * (2 * shape.inner + 4 * shape.hidden) * dtype_bytes
+    return weight_bytes(linear, other, workload.precision, workload.double_quant) + cache + activations + CONTEXT_BYTES
 
 
 def count_parameters(config: Any) -> tuple[int, int]:
-    """Return how many parameters sit in layers that get quantized, and how many elsewhere (tied ones once)."""
+    """Return how many parameters sit in layers that get quantized, and how many elsewhere (tied ones once).
+
+    Raises UsageError for a configuration that no model can be made of.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise UsageError(
+            f"no model can be made of this configuration ({first_line(error)}): check config.json."
+        ) from error
     linear = sum(module.weight.numel() for _, module in quantizable(model))
     return linear, sum(p.numel() for p in model.parameters()) - linear
 

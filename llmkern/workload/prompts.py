@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmkern.errors import UsageError
+from llmkern.workload.models import first_line
 
 # The prompt lengths of the study, in tokens.
 STUDY_LENGTHS = (200, 500, 1000, 2000, 4000)
@@ -86,7 +87,8 @@ def parse_prompts(path: Path) -> list[Prompt]:
     Raises UsageError that names the file and the number of the broken line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # By line feeds only: JSON may hold other separators of lines as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"prompt file {path} cannot be read ({error.strerror}): check the path.") from error
     except UnicodeDecodeError as error:
@@ -108,7 +110,11 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
         raise UsageError(
             f"{path}, line {number} is not JSON ({error.msg} at column {error.colno}): {expected}."
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise UsageError(f"{path}, line {number} cannot be read ({first_line(error)}): {expected}.") from error
     if isinstance(value, dict):
+        if "messages" in value and not isinstance(value["messages"], list):
+            raise UsageError(f'{path}, line {number}: "messages" is no list of messages: {expected}.')
         value = value.get("messages", value.get("prompt", value.get("text")))
     if isinstance(value, str) and value:
         return value
@@ -133,6 +139,8 @@ def encode_prompts(
     """
     chosen = [prompts[i % len(prompts)] for i in range(batch)]
     rows = [_encode(prompt, tokenizer, vocab_size)[:prompt_tokens] for prompt in chosen]
+    if not all(rows):
+        raise UsageError("a prompt of the file has no token: give it some text.")
     width = max(len(row) for row in rows)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     ids = torch.full((batch, width), pad)
@@ -140,7 +148,10 @@ def encode_prompts(
     for i, row in enumerate(rows):
         ids[i, width - len(row) :] = torch.tensor(row)
         mask[i, width - len(row) :] = 1
-    source = f"{min(batch, len(prompts))} prompts from a file"
+    used = min(batch, len(prompts))
+    source = f"{used} prompt{'s' if used > 1 else ''} from a file"
+    if len(prompts) > batch:
+        source = f"the first {used} of {len(prompts)} prompts from a file (--batch {batch})"
     if len(prompts) < batch:
         source += f", in turn to fill a batch of {batch}"
     if tokenizer is None:
@@ -152,7 +163,7 @@ def _encode(prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
     if tokenizer is None:
         text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         offset = _FIRST_ID if vocab_size > 256 + _FIRST_ID else 0
-        return [(byte + offset) % vocab_size for byte in text.encode()]
+        return [(byte + offset) % vocab_size for byte in text.encode("utf-8", "surrogatepass")]
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if not getattr(tokenizer, "chat_template", None):

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
+from llmkern.errors import UsageError
+from llmkern.workload.models import first_line, shape_of
 from llmkern.workload.precision import DTYPES, empty_quantized, quantizable, quantize_into
 
 OUTLIER_SOURCE = "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, section 4"
@@ -39,74 +43,119 @@ class OutlierPlan:
     source: str
 
 
+@dataclass(frozen=True)
+class RandomWeights:
+    """What random weights depend on besides the architecture and its precision."""
+
+    seed: int = 0
+    outliers: int = 6
+    double_quant: bool = False
+    int8_threshold: float = OUTLIER_THRESHOLD
+
+
 def random_model(
     config: PretrainedConfig,
-    *,
     precision: str,
     device: torch.device,
-    seed: int,
-    outliers: int,
-    double_quant: bool,
-    int8_threshold: float,
-    progress: Callable[[str, int, int], None] | None = None,
+    how: RandomWeights,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Any, OutlierPlan | None]:
     """Return a model of *config* with seeded random weights, quantized layer by layer, and its planted outliers.
 
-    Embeddings are normal with the architecture's initializer_range, norms one, biases zero, as Transformers initializes
-    them; linear layers are normal with LINEAR_GAIN / sqrt(inputs). A parameter's values depend on *seed* and its name
-    only, so that every precision quantizes the same draw.
+    Linear layers are normal with LINEAR_GAIN / sqrt(inputs), everything else is as Transformers initializes it for this
+    architecture. A parameter's values depend on the seed and its name only, so that every precision quantizes the same
+    draw. *progress* is told how many parameters of how many are done. Raises UsageError for a model that bitsandbytes
+    cannot quantize.
     """
     dtype = DTYPES[precision]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = _without_weights(config, dtype)
     if precision in ("int8", "int4"):
-        for name, layer in quantizable(model):
-            model.set_submodule(name, empty_quantized(layer, precision, int8_threshold, double_quant))
-    quantized = {n for n, m in model.named_modules() if type(m).__module__.startswith("bitsandbytes")}
+        layers = quantizable(model)
+        if not layers:
+            raise UsageError(
+                f"--precision {precision}: {type(model).__name__} has no linear layer that bitsandbytes quantizes when "
+                "weights are random; choose bf16, fp16 or fp32, or real weights."
+            )
+        for name, layer in layers:
+            model.set_submodule(name, empty_quantized(layer, precision, how.int8_threshold, how.double_quant))
     names = [n for n, _ in model.named_parameters()]
-    for done, name in enumerate(names):
-        owner_name, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(owner_name)
-        shape = getattr(owner, leaf).shape
-        if isinstance(owner, nn.Linear) and leaf == "weight":
-            std = LINEAR_GAIN / math.sqrt(owner.in_features)
-        else:
-            std = float(getattr(config, "initializer_range", 0.02))
-        if owner_name in quantized and leaf == "weight":
-            drawn = _draw(name, owner, (owner.out_features, owner.in_features), std, dtype, device, seed)
-            quantize_into(owner, drawn, double_quant)
-            del drawn
-        else:
-            values = _draw(name, owner, tuple(shape), std, dtype, device, seed)
-            setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
-        if progress is not None:
-            progress("Loading", done + 1, len(names))
-    _initialize_buffers(model, config, device)
+    done = 0
+    for owner_name, owner in list(model.named_modules()):
+        own = list(owner.named_parameters(recurse=False))
+        if not own:
+            continue
+        quantized = type(owner).__module__.startswith("bitsandbytes")
+        for leaf, parameter in own:
+            draw = _Draw(f"{owner_name}.{leaf}" if owner_name else leaf, how.seed, dtype, device)
+            if quantized and leaf == "weight":
+                assert isinstance(owner, nn.Linear)
+                quantize_into(owner, draw.linear((owner.out_features, owner.in_features)), how.double_quant)
+            else:
+                values = draw.of(owner, leaf, tuple(parameter.shape), config)
+                setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
+            done += 1
+            progress(done, len(names))
+        if not quantized and not isinstance(owner, nn.Linear | Conv1D | nn.Embedding):
+            # Norms that are one plus their weight, state spaces, gates: the architecture knows what they start from.
+            with torch.random.fork_rng(devices=[device] if device.type != "cpu" else []), torch.no_grad():
+                torch.manual_seed(how.seed * 1_000_003 + zlib.crc32(owner_name.encode()))
+                model._init_weights(owner)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
     model.tie_weights()
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
-        raise RuntimeError(f"no values for {', '.join(left[:3])} of {type(model).__name__}")
+        raise UsageError(
+            f"{type(model).__name__} keeps {', '.join(left[:3])} in a way that random weights cannot be put into: use "
+            "--weights hub or local."
+        )
     model.eval()
-    return model, _plant(model, config.hidden_size, outliers, seed)
+    return model, _plant(model, shape_of(config).hidden, how.outliers, how.seed)
 
 
-def _draw(
-    name: str, owner: nn.Module, shape: tuple[int, ...], std: float, dtype: torch.dtype, device: torch.device, seed: int
-) -> torch.Tensor:
-    if name.endswith("bias"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if "norm" in type(owner).__name__.lower():
-        return torch.ones(shape, dtype=dtype, device=device)
-    generator = torch.Generator(device).manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
-    return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
+def _without_weights(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    """Return the model with its buffers (rotary frequencies, masks) for real and its parameters on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:
+        # Configurations of others can be wrong in every way.
+        raise UsageError(
+            f"no model can be made of this configuration ({first_line(error)}): check config.json."
+        ) from error
 
 
-def _initialize_buffers(model: nn.Module, config: PretrainedConfig, device: torch.device) -> None:
-    """Compute the buffers (rotary frequencies) for real: a model born on the meta device has none of their values."""
-    for name, module in list(model.named_modules()):
-        if any(b.is_meta for b in module.buffers(recurse=False)):
-            with torch.device(device):
-                model.set_submodule(name, type(module)(config=config))
+@dataclass(frozen=True)
+class _Draw:
+    """The values of the parameter *name*."""
+
+    name: str
+    seed: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def of(self, owner: nn.Module, leaf: str, shape: tuple[int, ...], config: PretrainedConfig) -> torch.Tensor:
+        if leaf.endswith("bias"):
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if "norm" in type(owner).__name__.lower():
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        if isinstance(owner, nn.Linear) and leaf == "weight":
+            return self.linear(shape)
+        if isinstance(owner, Conv1D) and leaf == "weight":
+            # A linear layer that keeps its weights transposed.
+            return self._normal(shape, LINEAR_GAIN / math.sqrt(shape[0]))
+        std = getattr(config.get_text_config(decoder=True), "initializer_range", None)
+        return self._normal(shape, float(std or 0.02))
+
+    def linear(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the weight of a linear layer of shape [outputs, inputs]."""
+        return self._normal(shape, LINEAR_GAIN / math.sqrt(shape[1]))
+
+    def _normal(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + zlib.crc32(self.name.encode()))
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return values.normal_(0.0, std, generator=generator)
 
 
 def _plant(model: nn.Module, hidden_size: int, outliers: int, seed: int) -> OutlierPlan | None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkern.attribute.calibration import COUNTER, Sensor, calibrate, choose, describe, respond
-from llmkern.record.annotate import Annotator
-from llmkern.record.selftest import CYCLES, drive_sensors
-from llmkern.run import RunFolder, RunWriter
+from llmkern.record.passes.selftest import CYCLES, drive_sensors
+from llmkern.record.rig import RARE_TICK_S
+from llmkern.runfolder import RunFolder, RunWriter
+from tests.rigs import made_rig
 from tests.synthetic import Truth, facts
 
 REST_W, LOAD_W = 121.0, 690.0
@@ -119,17 +120,18 @@ class Meter:
 
 
 def test_the_load_is_marked_and_the_sensors_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmkern.record.selftest._REST_S", 0.0)
-    monkeypatch.setattr("llmkern.record.selftest.OFF_S", (0.0, 0.001))
-    device, meter, annotator = Device(), Meter(), Annotator()
+    monkeypatch.setattr("llmkern.record.passes.selftest._REST_S", 0.0)
+    monkeypatch.setattr("llmkern.record.passes.selftest.OFF_S", (0.0, 0.001))
+    device, meter = Device(), Meter()
+    rig = made_rig(device=device, meters=(meter,))
     steps: list[int] = []
-    drive_sensors(device, annotator, [meter], lambda: steps.append(1))  # type: ignore[arg-type, list-item]
-    marks = [r.category for r in annotator.drain()]
+    drive_sensors(rig, lambda: steps.append(1))
+    marks = [r.category for r in rig.annotator.drain()]
     assert marks.count("load") == CYCLES == len(steps)
     assert marks.count("selftest") == 1
     assert len(device.worked) == CYCLES + 1
     assert meter.asked[:2] == [True, 0.0]
-    assert meter.asked[2] is False
+    assert meter.asked[2:] == [RARE_TICK_S, False]
 
 
 def test_a_run_folder_with_a_self_test_is_calibrated(tmp_path: Path) -> None:
@@ -167,7 +169,8 @@ def test_a_run_folder_with_a_self_test_is_calibrated(tmp_path: Path) -> None:
                 **dict.fromkeys(("sm_clock_mhz", "temperature_c", "throttle")),
             },
         )
-    writer.finish()
+    writer.merge()
+    writer.publish()
     found = calibrate(RunFolder(tmp_path / "run"))
     assert found["samples"].refresh_ms == pytest.approx(20, rel=0.05)
     assert found["instant"].refresh_ms == pytest.approx(100, rel=0.2)

@@ -10,8 +10,10 @@ import pytest
 
 from llmkern.attribute.identify import Identified, identify, read_inspected
 from llmkern.attribute.timeline import NONE, Timeline, build_timeline
-from llmkern.run import TABLES, RunFolder, write_table
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.schema import TABLES
 from tests.synthetic import MS, synthetic_run
+from tests.tables import write_table
 
 
 def write(run: RunFolder, name: str, frame: pd.DataFrame) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from llmkern.attribute.attribution import attribute
 from llmkern.attribute.memory import memory_energy
-from llmkern.run import RunFolder, write_table
+from llmkern.runfolder import RunFolder
 from tests.synthetic import synthetic_run
+from tests.tables import write_table
 
 
 def with_memory(run: RunFolder, watts: dict[bool, float], period_s: float = 0.25) -> RunFolder:

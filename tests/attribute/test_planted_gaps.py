@@ -6,14 +6,14 @@ import pandas as pd
 import pytest
 
 from bench.gaps import MOST_WRONG, PLANTS, GapPlant, judged, named
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from tests.recorded import DATA
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=[plant.name for plant in PLANTS])
 def test_a_planted_gap_is_named_by_its_cause(plant: GapPlant) -> None:
     run = RunFolder(DATA / f"h100-gap-{plant.name.replace(' ', '-')}")
-    assert (run.facts["plant"], run.facts["cause"]) == (plant.name, plant.cause)
+    assert (run.facts.labels["plant"], run.facts.labels["cause"]) == (plant.name, plant.cause)
     counts = named(run, plant.graph)
     assert counts.sum() >= 19
     assert counts.get(plant.cause, 0) / counts.sum() >= 1 - MOST_WRONG

@@ -12,7 +12,7 @@ import pytest
 
 from bench.result import RESULTS
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 
 RUN = Path(__file__).parents[1] / "data" / "h100-qwen-7b-bf16"
 

@@ -17,7 +17,7 @@ from llmkern.errors import RecordingError, UsageError
 from llmkern.exchange.exporting import export_run, parse_tokens
 from llmkern.exchange.importing import import_capture
 from llmkern.exchange.overlay import Overlay, cut, overlay
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from tests.recorded import DATA, recorded, recorded_run
 from tests.test_cli import assert_sentence, llmkern
 

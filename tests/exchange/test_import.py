@@ -17,7 +17,7 @@ from llmkern.attribute.attribution import attribute
 from llmkern.attribute.timeline import read_timeline
 from llmkern.errors import LlmkernError, UsageError
 from llmkern.exchange.importing import import_capture
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from tests.recorded import DATA, recorded_run
 from tests.test_cli import assert_sentence, llmkern
 
@@ -53,10 +53,10 @@ def test_ranges_are_what_nsys_says_of_them(imported: RunFolder) -> None:
 
 
 def test_what_the_file_says_of_its_machine_is_kept_and_nothing_else(imported: RunFolder) -> None:
-    device = imported.facts["device"]
-    assert (device["name"], device["multiprocessors"]) == ("NVIDIA H100 80GB HBM3", 132)
-    assert imported.facts["started"] == "2026-11-23T05:46:33+00:00"
-    assert imported.facts["imported"]["schema"] == "3.20.3"
+    device = imported.facts.device
+    assert (device.name, device.multiprocessors) == ("NVIDIA H100 80GB HBM3", 132)
+    assert imported.facts.started == "2026-11-23T05:46:33+00:00"
+    assert imported.facts.imported.schema == "3.20.3"
     # Absolute times: the session's start and the ns since.
     assert imported.table("ranges")["start_ns"].min() == 1795412793667253248 + 8_228_734_221
 
@@ -91,7 +91,7 @@ def test_missing_tables_are_told_and_tolerated(tmp_path: Path) -> None:
         tmp_path, "DROP TABLE NVTX_EVENTS", "DROP TABLE CUPTI_ACTIVITY_KIND_RUNTIME", "DROP TABLE TARGET_INFO_GPU"
     )
     run = import_capture(path, tmp_path / "run")
-    assert len(run.facts["imported"]["missing"]) == 3
+    assert len(run.facts.imported.missing) == 3
     (phase,) = attribute(run).accounts
     assert phase == "capture"
     assert attribute(run).accounts[phase].launches == 101
@@ -118,7 +118,7 @@ def test_a_graph_traced_as_a_whole_is_one_kernel(tmp_path: Path) -> None:
     kernels = run.table("kernels")
     own = kernels[kernels["name"] == "CUDA graph 3"]
     assert (own["end_ns"] - own["start_ns"]).to_list() == [100_000]
-    assert "inside CUDA graphs" in run.facts["imported"]["missing"][0]
+    assert "inside CUDA graphs" in run.facts.imported.missing[0]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ def test_a_run_against_itself_changes_nothing() -> None:
 def test_tokens_are_what_is_compared(tmp_path: Path) -> None:
     one, truth = synthetic_run(tmp_path / "one")
     four, _ = synthetic_run(tmp_path / "four")
-    four.facts["options"]["batch"] = 4
-    four.facts["prompts"]["effective_tokens"] = [100] * 4
+    assert four.facts.prompts is not None
+    prompts = replace(four.facts.prompts, effective_tokens=(100,) * 4)
+    four.facts = replace(four.facts, options=replace(four.facts.options, batch=4), prompts=prompts)
     decode, prefill = compare(attribute(one), attribute(four))
     assert decode.before_j is not None
     assert decode.after_j is not None

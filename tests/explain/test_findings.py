@@ -15,6 +15,7 @@ from llmkern.explain.findings.padding import padding
 from llmkern.explain.findings.power_cap import power_cap
 from llmkern.explain.findings.recorder_effect import recorder_effect
 from llmkern.explain.roofline import roofline
+from llmkern.runfolder.facts import PromptFacts
 from tests.recorded import recorded, recorded_run
 from tests.synthetic import synthetic_run
 
@@ -108,7 +109,8 @@ def test_a_run_without_operators_or_energy_has_findings_of_what_it_knows(tmp_pat
 def test_padding_is_the_share_of_computed_tokens_that_no_prompt_has(tmp_path: Path) -> None:
     run, truth = synthetic_run(tmp_path / "run")
     assert padding(attribute(run)) == []
-    run.facts["prompts"] = {"tokens": 100, "effective_tokens": [100, 20, 30, 50], "computed_tokens": 400}
+    prompts = PromptFacts(tokens=100, effective_tokens=(100, 20, 30, 50), computed_tokens=400)
+    run.facts = replace(run.facts, prompts=prompts)
     (finding,) = padding(attribute(run))
     assert "200 of 400 prompt tokens (50%)" in finding.claim
     assert finding.energy_j is not None

@@ -9,10 +9,10 @@ import torch
 
 from llmkern.attribute.attribution import attribute
 from llmkern.record.annotate import Annotator
-from llmkern.record.engine import use_graph
 from llmkern.record.generation import Generation
-from llmkern.run import RunFolder
-from llmkern.workload.load import load_model
+from llmkern.runfolder import RunFolder
+from llmkern.workload.engine import use_graph
+from llmkern.workload.load import Source, load_model
 from llmkern.workload.models import find_model
 from tests.test_cli import assert_sentence, llmkern
 
@@ -20,7 +20,7 @@ from tests.test_cli import assert_sentence, llmkern
 @pytest.mark.parametrize("precision", ["bf16", "int4"])
 def test_a_graph_gives_the_eager_models_tokens(precision: str) -> None:
     device = torch.device("cuda")
-    model = load_model(find_model("qwen-tiny"), precision=precision, weights="random", device=device).model
+    model = load_model(find_model("qwen-tiny"), Source("random"), precision, device).model
     ids = torch.randint(10, 4000, (2, 12), device=device)
     made: list[list[int]] = []
     generate = model.generate
@@ -31,9 +31,10 @@ def test_a_graph_gives_the_eager_models_tokens(precision: str) -> None:
         return result
 
     model.generate = noted
-    Generation(model, ids, torch.ones_like(ids), Annotator(), torch.cuda.synchronize)(8)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    Generation(model, inputs, Annotator(), torch.cuda.synchronize)(8)
     cache = use_graph(model, 12, 8)
-    captured = Generation(model, ids, torch.ones_like(ids), Annotator(), torch.cuda.synchronize, cache)
+    captured = Generation(model, inputs, Annotator(), torch.cuda.synchronize, cache)
     for _ in range(3):
         captured(8)
     assert made[1:] == made[:1] * 3

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 
-from llmkern.record.cuda import CudaDevice, CuptiRecorder
+from llmkern.record.device.cuda import CudaDevice
+from llmkern.record.device.cupti import CuptiRecorder
 from tests.test_cli import ROOT
 
 
@@ -62,7 +63,7 @@ def test_every_launch_has_its_kernel_and_its_host_call(ones: torch.Tensor) -> No
     assert set(launching["thread"]) == {threading.get_native_id()}
     assert set(kernels["correlation_id"]) == set(launching["correlation_id"])
     facts = recorder.facts()
-    assert facts["dropped_records"] == facts["lost_timestamps"] == facts["unknown_records"] == 0
+    assert facts.dropped_records == facts.lost_timestamps == facts.unknown_records == 0
 
 
 def test_one_clock(ones: torch.Tensor) -> None:
@@ -132,7 +133,7 @@ def test_another_profiler_is_named() -> None:
     program = """
 import torch
 from llmkern.errors import DeviceError
-from llmkern.record.cuda import CuptiRecorder
+from llmkern.record.device.cupti import CuptiRecorder
 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
     torch.ones(8, device="cuda").add_(1.0)
     try:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from llmkern import session
 from llmkern.attribute.attribution import attribute
 from llmkern.errors import OutOfMemoryError
 from llmkern.progress import Stages
-from llmkern.record import session
 from llmkern.record.options import TraceOptions
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from tests.test_cli import ROOT, assert_readable_until, assert_sentence, killed_while_timing, llmkern
 
 SMALL = ("--quick", "--prompt-tokens", "48", "--new-tokens", "6", "--warmup", "2", "--repeats", "2")
@@ -35,8 +35,10 @@ def test_a_run_at_each_precision_closes_its_books(tmp_path: Path, precision: str
     )
     run = RunFolder(session.trace(options, Stages(quiet=True)))
     found = attribute(run)
-    assert run.facts["recorder"]["dropped_records"] == 0
-    assert run.facts["recorder"]["launches"] > 0
+    recorder = run.facts.recorder
+    assert recorder is not None
+    assert recorder.lost == 0
+    assert recorder.launches > 0
     for account in found.accounts.values():
         energy = account.weight.energy_j
         assert energy is not None
@@ -75,7 +77,9 @@ def test_out_of_memory_on_the_way_is_a_sentence_and_keeps_the_folder(
     options = TraceOptions("qwen-0.5b", weights="random", batch=3000, prompt_tokens=4000, out=tmp_path / "run")
     with pytest.raises(OutOfMemoryError, match=r"ran out of memory: this run needs about .* GiB"):
         session.trace(options, Stages(quiet=True))
-    assert RunFolder(tmp_path / "run").facts["status"] == "failed"
+    # Nothing was recorded before the first generation failed, or the sensor test was and says how it ended.
+    left = list(tmp_path.iterdir())
+    assert all(RunFolder(folder).status == "failed" for folder in left)
 
 
 def test_a_profiler_in_the_process_keeps_what_was_weighed(tmp_path: Path) -> None:
@@ -83,17 +87,17 @@ def test_a_profiler_in_the_process_keeps_what_was_weighed(tmp_path: Path) -> Non
     out = tmp_path / "run"
     program = f"""
 import sys, torch
-from llmkern.cli import run, trace
+from llmkern.commands import command, run
 sys.argv = ["trace", "--model", "qwen-tiny", "--out", {str(out)!r}, *{SMALL!r}]
 with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
     torch.ones(1, device="cuda")
-    run(trace, "trace")
+    run(command("trace"), "trace")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 3, done.stderr
     assert "another profiler" in done.stderr
     assert "Traceback" not in done.stderr
-    assert RunFolder(out).facts["status"] == "failed"
+    assert RunFolder(out).facts.status == "failed"
     again = llmkern("report", str(out))
     assert again.returncode == 0
     assert "another profiler" in again.stdout

@@ -13,7 +13,7 @@ import torch
 
 from llmkern import _recorder
 from llmkern.errors import DeviceError
-from llmkern.record.cuda import CuptiRecorder
+from llmkern.record.device.cupti import CuptiRecorder
 
 testing = _recorder.testing
 
@@ -123,7 +123,7 @@ def test_lost_times_and_dropped_records_are_counted(
     emit(fake, testing.kernel_records(start_ns=[0, 10], end_ns=[0, 20], names=["k"]), 2)
     recorder.stop()
     facts = recorder.facts()
-    assert (facts["kernels"], facts["lost_timestamps"], facts["dropped_records"]) == (1, 1, 3)
+    assert (facts.kernels, facts.lost_timestamps, facts.dropped_records) == (1, 1, 3)
     assert len(column(recorder.drain()["kernels"], "name")) == 1
 
 
@@ -135,7 +135,7 @@ def test_many_buffers_lose_nothing_and_come_back_zeroed(recorder: CuptiRecorder,
         emit(fake, kernels(count, first_ns=1 + i), count)
     recorder.stop()
     assert len(recorder.drain()["kernels"]["start_ns"]) == count * rounds
-    assert recorder.facts()["buffers_in_flight"] == 0
+    assert recorder.facts().buffers_in_flight == 0
 
 
 def test_host_calls_are_traced_one_by_one(recorder: CuptiRecorder, fake: ctypes.CDLL) -> None:
@@ -154,7 +154,7 @@ def test_host_calls_are_traced_one_by_one(recorder: CuptiRecorder, fake: ctypes.
     assert set(column(rows, "thread")) == {threading.get_native_id()}
     for start, end in zip(column(rows, "start_ns"), column(rows, "end_ns"), strict=True):
         assert begin_ns <= start <= end <= end_ns
-    assert (recorder.facts()["launches"], recorder.facts()["nested_calls"]) == (3, 1)
+    assert (recorder.facts().launches, recorder.facts().nested_calls) == (3, 1)
 
 
 def test_calls_of_many_threads_keep_their_thread(recorder: CuptiRecorder, fake: ctypes.CDLL) -> None:
@@ -263,7 +263,7 @@ def test_the_real_library_without_a_gpu_says_so() -> None:
     recorder = CuptiRecorder()
     with pytest.raises(DeviceError, match="no usable NVIDIA GPU or driver"):
         recorder.start()
-    assert abs(recorder.facts()["clock_offset_ns"]) < 50_000_000
+    assert abs(recorder.facts().clock_offset_ns) < 50_000_000
 
 
 def test_a_million_records_are_decoded_in_seconds(recorder: CuptiRecorder, fake: ctypes.CDLL) -> None:
@@ -274,4 +274,4 @@ def test_a_million_records_are_decoded_in_seconds(recorder: CuptiRecorder, fake:
         recorder.inject(records)
         recorder.settle()
     assert time.monotonic() - begin_s < 8
-    assert recorder.facts()["kernels"] == 1_000_000
+    assert recorder.facts().kernels == 1_000_000

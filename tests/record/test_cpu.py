@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from llmkern.record.cpu import CpuDevice, OperatorRecorder, cpu_name
+from llmkern.record.device.cpu import CpuDevice, OperatorRecorder, cpu_name
 
 
 def test_what_computes_is_recorded_and_views_are_not() -> None:
@@ -28,7 +28,7 @@ def test_what_computes_is_recorded_and_views_are_not() -> None:
     for start, end in zip(rows["start_ns"], rows["end_ns"], strict=True):
         assert begin_ns <= start <= end <= end_ns
     assert recorder.drain()["kernels"]["name"] == []
-    assert recorder.facts()["kernels"] == 2
+    assert recorder.facts().kernels == 2
 
 
 def test_results_do_not_change_and_numbers_go_on() -> None:
@@ -56,5 +56,5 @@ def test_discarding_forgets() -> None:
 def test_the_processor_has_a_name() -> None:
     assert cpu_name()
     facts = CpuDevice().facts()
-    assert facts["kind"] == "cpu"
-    assert facts["memory_bytes"] > 2**30
+    assert facts.kind == "cpu"
+    assert facts.memory_bytes > 2**30

@@ -9,9 +9,10 @@ import torch
 
 from llmkern.errors import DeviceError, UsageError
 from llmkern.record.annotate import Annotator
-from llmkern.record.engine import CapturedDecode, Launch, check_graph, static_cache, taken_apart
+from llmkern.record.device.cpu import CpuDevice
 from llmkern.record.generation import Generation
-from llmkern.workload.load import load_model
+from llmkern.workload.engine import CapturedDecode, Launch, static_cache, taken_apart
+from llmkern.workload.load import Source, load_model
 from llmkern.workload.models import find_model
 
 TOKENS, NEW = 12, 7
@@ -35,7 +36,7 @@ class Captures:
 
 @pytest.fixture
 def model() -> Any:
-    return load_model(find_model("qwen-tiny"), precision="fp32", weights="random", device=torch.device("cpu")).model
+    return load_model(find_model("qwen-tiny"), Source("random"), "fp32", torch.device("cpu")).model
 
 
 def tokens_of(model: Any, batch: int, cache: Any = None) -> list[list[int]]:
@@ -52,7 +53,7 @@ def tokens_of(model: Any, batch: int, cache: Any = None) -> list[list[int]]:
         return result
 
     model.generate = noted
-    run = Generation(model, ids, mask, Annotator(), lambda: None, cache)
+    run = Generation(model, {"input_ids": ids, "attention_mask": mask}, Annotator(), lambda: None, cache)
     for new_tokens in (NEW, 3, 1, NEW):
         run(new_tokens)
     del model.generate
@@ -98,6 +99,5 @@ def test_a_step_that_cannot_be_captured_is_one_sentence(model: Any) -> None:
 
 
 def test_without_a_gpu_there_is_no_graph() -> None:
-    check_graph("cuda")
     with pytest.raises(UsageError, match="needs a GPU"):
-        check_graph("cpu")
+        CpuDevice().check_graphs()

@@ -9,21 +9,21 @@ import torch
 
 from llmkern.record.annotate import Annotator, Range, columns
 from llmkern.record.generation import Generation, decoder_layers
-from llmkern.record.weigh import ROUNDS, plan_windows
-from llmkern.run import to_table
-from llmkern.workload.load import load_model
+from llmkern.record.passes.weigh import ROUNDS, plan_windows
+from llmkern.runfolder.schema import to_table
+from llmkern.workload.load import Source, load_model
 from llmkern.workload.models import find_model
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_model(find_model("qwen-tiny"), precision="fp32", weights="random", device=torch.device("cpu")).model
+    return load_model(find_model("qwen-tiny"), Source("random"), "fp32", torch.device("cpu")).model
 
 
 def generation(model: Any, tokens: int = 8, batch: int = 1) -> tuple[Generation, Annotator]:
     ids = torch.randint(10, 4000, (batch, tokens))
     note = Annotator()
-    return Generation(model, ids, torch.ones_like(ids), note, lambda: None), note
+    return Generation(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, note, lambda: None), note
 
 
 def by_category(ranges: list[Range]) -> dict[str, list[Range]]:
@@ -61,7 +61,8 @@ def test_one_token_has_no_decode(model: Any) -> None:
 def test_an_end_of_sequence_token_ends_nothing(model: Any) -> None:
     run, note = generation(model)
     model.generation_config.eos_token_id = list(range(4096))
-    run2 = Generation(model, torch.arange(10, 18)[None], torch.ones(1, 8, dtype=torch.int64), note, lambda: None)
+    inputs = {"input_ids": torch.arange(10, 18)[None], "attention_mask": torch.ones(1, 8, dtype=torch.int64)}
+    run2 = Generation(model, inputs, note, lambda: None)
     run2(6)
     assert len(by_category(note.drain())["token"]) == 6
     assert run is not run2
@@ -109,19 +110,18 @@ def test_ranges_become_rows(model: Any) -> None:
 @pytest.mark.parametrize(
     ("repeats", "prefill_s", "generate_s", "prefills", "generations"),
     [
-        (10, 0.026, 0.9, 77 * 6, 3 * 6),  # short ones fill 2 s each
-        (10, 0.2, 6.6, 10 * 6, 10),  # long ones run as often as asked for
-        (1, 0.026, 5.0, 77, 1),
+        (10, 0.026, 0.9, 81 * 6, 3 * 6),  # short ones fill 2 s and a tick each
+        (10, 0.2, 6.6, 11 * 6, 10),  # long ones run as often as asked for
+        (1, 0.026, 5.0, 81, 1),
         (100, 1.0, 9.0, 100, 100),
     ],
 )
 def test_windows_last_two_seconds_and_repeats_are_kept(
     repeats: int, prefill_s: float, generate_s: float, prefills: int, generations: int
 ) -> None:
-    plan = plan_windows(repeats, 32, prefill_s, generate_s, 2.0)
+    plan = plan_windows(repeats, 32, prefill_s, generate_s)
     assert sum(plan.prefill_repeats) == prefills
     assert sum(plan.generate_repeats) == generations
     assert len(plan.prefill_repeats) == len(plan.generate_repeats) == min(ROUNDS, repeats)
     assert max(plan.generate_repeats) - min(plan.generate_repeats) <= 1
     assert min(plan.prefill_repeats) * prefill_s >= 2.0 or plan.prefill_repeats[0] == repeats
-    assert plan.generations == prefills + generations

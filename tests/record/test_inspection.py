@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch.nn.modules import module as module_hooks
 
+from llmkern import session
 from llmkern.attribute.attribution import attribute
 from llmkern.progress import Stages
-from llmkern.record import session
-from llmkern.record.inspection import Inspector, OpCall
 from llmkern.record.operators import signature_of
 from llmkern.record.options import TraceOptions
-from llmkern.run import RunFolder
-from llmkern.workload.load import load_model
+from llmkern.record.passes.inspection import Inspector, OpCall
+from llmkern.runfolder import RunFolder
+from llmkern.workload.load import Source, load_model
 from llmkern.workload.models import find_model
 
 TOKENS = 8
 
 
 def inspected(precision: str = "fp32") -> list[OpCall]:
-    loaded = load_model(find_model("qwen-tiny"), precision=precision, weights="random", device=torch.device("cpu"))
+    loaded = load_model(find_model("qwen-tiny"), Source("random"), precision, torch.device("cpu"))
     inspector = Inspector(loaded.model, lambda: ("prefill", 0))
     with torch.inference_mode(), inspector.watching():
         loaded.model(input_ids=torch.arange(10, 10 + TOKENS)[None])

@@ -9,7 +9,7 @@ import pytest
 
 from llmkern import _recorder
 from llmkern.errors import DeviceError
-from llmkern.record.cuda import NvmlMeter, check_nvml
+from llmkern.record.device.nvml import NvmlMeter, check_nvml
 
 
 def watch(library: str, seconds: float, **options: object) -> tuple[_recorder.NvmlSampler, dict]:

@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmkern import session
 from llmkern.attribute.attribution import attribute
 from llmkern.progress import Stages
-from llmkern.record import cpu, replay, replay_cache, session
+from llmkern.record import replay_cache
+from llmkern.record.device import cpu
+from llmkern.record.device.rapl import RaplMeter, package_zones
 from llmkern.record.options import TraceOptions
-from llmkern.record.rapl import RaplMeter, package_zones
-from llmkern.run import RunFolder
+from llmkern.record.passes import replay
+from llmkern.runfolder import RunFolder
 
 WRAP_UJ = 262_143_328_850
 
@@ -175,7 +178,7 @@ def test_operators_get_their_marginal_joules_by_replay(
     assert prefill.joules.method == "marginal joules"
     assert rows["energy_j"].sum() == pytest.approx(prefill.weight.energy_j.value)  # type: ignore[union-attr]
     # AND the next run on this board takes them from the cache, where they are the same joules
-    key = replay_cache.cache_key(run.facts["device"], run.facts["versions"])
+    key = replay_cache.cache_key(run.facts.device, run.facts.versions, run.facts.model)
     cached = replay_cache.load(key)
     assert set(cached["signature"]) == set(replays["signature"].astype(str))
     assert replay_cache.load("another board").empty

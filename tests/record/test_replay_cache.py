@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,8 @@ import pytest
 from llmkern.attribute.attribution import attribute
 from llmkern.attribute.replayed import to_cache
 from llmkern.record.replay_cache import cache_file, cache_key, load, store
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.facts import DeviceFacts, ModelFacts
 from tests.board import OPS, Board
 
 WINDOWS = pd.DataFrame(
@@ -50,11 +52,15 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_key_is_the_board_the_driver_and_the_libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    device = {"uuid": "GPU-1", "name": "H100", "driver_version": "580", "power_limit_mw": 700_000}
-    key = cache_key(device, {"torch": "2.11", "bitsandbytes": "0.50"})
-    assert key == cache_key(dict(device), {"torch": "2.11", "bitsandbytes": "0.50", "pandas": "2"})
-    assert key != cache_key({**device, "uuid": "GPU-2"}, {"torch": "2.11", "bitsandbytes": "0.50"})
-    assert key != cache_key(device, {"torch": "2.12", "bitsandbytes": "0.50"})
+    device = DeviceFacts(kind="cuda", index=0, uuid="GPU-1", name="H100", driver_version="580", power_limit_mw=700_000)
+    libraries = {"torch": "2.11", "bitsandbytes": "0.50"}
+    model = ModelFacts(name="m", weights="random", weight_bytes=1, weights_key="random, seed 0, 6 outliers")
+    key = cache_key(device, libraries, model)
+    assert key == cache_key(device, {**libraries, "pandas": "2"}, replace(model, name="the same weights"))
+    assert key != cache_key(replace(device, uuid="GPU-2"), libraries, model)
+    assert key != cache_key(device, {**libraries, "torch": "2.12"}, model)
+    # C5: weights that are random draw other power than those of a trained model.
+    assert key != cache_key(device, libraries, replace(model, weights_key="hub Qwen/Qwen2.5-7B-Instruct"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_file() == tmp_path / "llmkern" / "replays.parquet"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,10 @@ import pytest
 from llmkern.attribute.attribution import attribute
 from llmkern.attribute.identify import Identified, Mismatch
 from llmkern.report.doubts import doubts
-from llmkern.run import RunFolder, write_table
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.facts import MeterFacts, RecorderFacts
 from tests.synthetic import synthetic_run
+from tests.tables import write_table
 
 
 def said(run: RunFolder) -> str:
@@ -23,8 +24,8 @@ def said(run: RunFolder) -> str:
 
 
 def with_facts(run: RunFolder, **facts: Any) -> RunFolder:
-    (run.path / "run.json").write_text(json.dumps({**run.facts, **facts}))
-    return RunFolder(run.path)
+    run.facts = replace(run.facts, **facts)
+    return run
 
 
 def test_a_clean_run_has_the_methods_own_doubts_only(tmp_path: Path) -> None:
@@ -42,7 +43,15 @@ def test_a_failed_run_gives_its_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("field", "word"), [("dropped_records", "dropped 5"), ("lost_timestamps", "lost 5")])
 def test_lost_records_are_said(tmp_path: Path, field: str, word: str) -> None:
     run, _ = synthetic_run(tmp_path / "run")
-    assert word in said(with_facts(run, recorder={**run.facts["recorder"], field: 5}))
+    assert word in said(with_facts(run, recorders={"time": RecorderFacts(**{field: 5})}))
+
+
+def test_records_lost_by_any_pass_are_said(tmp_path: Path) -> None:
+    """L5: drops in pass inspect reached no doubt."""
+    run, _ = synthetic_run(tmp_path / "run")
+    text = said(with_facts(run, recorders={**run.facts.recorders, "inspect": RecorderFacts(dropped_records=7)}))
+    assert "CUPTI dropped 7 records" in text
+    assert "pass inspect: operators are too low" in text
 
 
 def test_one_round_is_too_few(tmp_path: Path) -> None:
@@ -57,6 +66,7 @@ def test_a_clock_held_down_is_named_with_its_share(tmp_path: Path) -> None:
     power.loc[readings, "throttle"] = 0x4
     columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
     write_table(run.path, "power", columns)
+    run = RunFolder(run.path)
     assert "held down by the software power cap in 100% of the readings" in said(run)
 
 
@@ -68,6 +78,7 @@ def test_a_floor_measured_at_another_temperature_is_said(tmp_path: Path) -> None
     power.loc[hot & (power["sensor"] == "instant"), "temperature_c"] = 70
     columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
     write_table(run.path, "power", columns)
+    run = RunFolder(run.path)
     assert "The run was at 70 °C, the idle floor was measured at 50-" in said(run)
 
 
@@ -84,8 +95,7 @@ def test_steps_that_differ_from_those_inspected_are_told(tmp_path: Path) -> None
 def test_what_the_sensors_cannot_tell_is_said(tmp_path: Path) -> None:
     run, _ = synthetic_run(tmp_path / "run")
     unsupported = {"power_samples": "NOT_SUPPORTED", "memory_average": "INVALID_ARGUMENT"}
-    run.facts["sensors"] = {"nvml_total": {"unsupported": unsupported}}
-    text = said(run)
+    text = said(with_facts(run, sensors={"nvml_total": MeterFacts(source="NVML", unsupported=unsupported)}))
     assert "no 20 ms power samples (NOT_SUPPORTED)" in text
     assert "no memory power (INVALID_ARGUMENT): HBM cannot be told from the rest" in text
 

@@ -14,7 +14,7 @@ from llmkern.attribute.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
-from llmkern.run import RunFolder
+from llmkern.runfolder import RunFolder
 from llmkern.text import count, quantity, short_name, with_interval
 from tests.synthetic import Builder, Truth, synthetic_run
 
@@ -55,7 +55,7 @@ def test_time_only_is_said(tmp_path: Path) -> None:
 def test_an_interrupted_run_says_so_first(tmp_path: Path) -> None:
     builder = Builder(Truth())
     builder.play()
-    run = builder.write(tmp_path / "run", status="recording")
+    run = builder.write(tmp_path / "run", status="interrupted")
     text = printed(run)
     assert text.index("This run is incomplete") < text.index("Per phase")
 
@@ -65,7 +65,7 @@ def test_a_run_killed_while_weighing_has_a_report(tmp_path: Path) -> None:
     builder.rest(1)
     builder.range(builder.now_ns, "idle", "idle", "weigh")
     builder.busy.append((builder.now_ns, builder.now_ns + 1))
-    run = builder.write(tmp_path / "run", status="recording")
+    run = builder.write(tmp_path / "run", status="interrupted")
     text = printed(run)
     assert "incomplete" in text
     assert "No complete weigh window" in text
@@ -74,7 +74,7 @@ def test_a_run_killed_while_weighing_has_a_report(tmp_path: Path) -> None:
 def test_dropped_records_are_doubted(tmp_path: Path) -> None:
     synthetic_run(tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    facts["recorder"]["dropped_records"] = 17
+    facts["recorders"]["time"]["dropped_records"] = 17
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     assert "CUPTI dropped 17 records" in " ".join(printed(RunFolder(tmp_path / "run"), 400).split())
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llmkern.workload.models import ModelSpec, build_config, find_model
-from llmkern.workload.weights import outlier_shares, random_model
+from llmkern.workload.weights import RandomWeights, outlier_shares, random_model
 
 CPU = torch.device("cpu")
 
@@ -20,15 +20,7 @@ def build(precision: str = "bf16", seed: int = 0, outliers: int = 6, name: str =
         setattr(config, key, value)
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
-    return random_model(
-        config,
-        precision=precision,
-        device=CPU,
-        seed=seed,
-        outliers=outliers,
-        double_quant=False,
-        int8_threshold=6.0,
-    )
+    return random_model(config, precision, CPU, RandomWeights(seed, outliers))
 
 
 def test_a_seed_gives_the_same_weights_and_another_others() -> None:

@@ -10,17 +10,19 @@ from llmkern.explain.finding import WORTH_TELLING, Finding
 
 def padding(attribution: Attribution) -> list[Finding]:
     """Return the share of prefill that went into padding."""
-    prompts = attribution.run.facts.get("prompts", {})
-    effective, computed = sum(prompts.get("effective_tokens", [])), prompts.get("computed_tokens")
-    if "prefill" not in attribution.accounts or not computed or effective >= computed:
+    prompts = attribution.run.facts.prompts
+    if "prefill" not in attribution.accounts or prompts is None:
+        return []
+    effective, computed = sum(prompts.effective_tokens), prompts.computed_tokens
+    if effective >= computed:
         return []
     account = attribution.accounts["prefill"]
     wasted = 1 - effective / computed
     if wasted < WORTH_TELLING:
         return []
     energy = account.weight.energy_j
-    lengths = pd.DataFrame({"sequence": range(len(prompts["effective_tokens"]))})
-    lengths = lengths.assign(effective_tokens=prompts["effective_tokens"], computed_tokens=prompts.get("tokens"))
+    lengths = pd.DataFrame({"sequence": range(len(prompts.effective_tokens))})
+    lengths = lengths.assign(effective_tokens=prompts.effective_tokens, computed_tokens=prompts.tokens)
     return [
         Finding(
             "padding",

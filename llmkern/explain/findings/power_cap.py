@@ -30,7 +30,7 @@ def power_cap(attribution: Attribution) -> list[Finding]:
         capped = (chosen["throttle"].astype("int64") & _POWER_CAP) != 0
         if capped.mean() < _OFTEN:
             continue
-        clock_mhz, free_mhz = chosen.loc[capped, "sm_clock_mhz"].mean(), run.facts["device"].get("sm_clock_max_mhz")
+        clock_mhz, free_mhz = chosen.loc[capped, "sm_clock_mhz"].mean(), run.facts.device.sm_clock_max_mhz
         evidence = chosen.assign(capped=capped).groupby("capped")["sm_clock_mhz"].agg(["count", "mean"]).reset_index()
         found.append(
             Finding(

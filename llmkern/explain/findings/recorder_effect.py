@@ -14,22 +14,23 @@ def recorder_effect(attribution: Attribution) -> list[Finding]:
     """Return the phases that took much longer under the recorder than when they were weighed."""
     found = []
     for phase, account in attribution.accounts.items():
-        if account.recorder_effect <= TOO_LARGE:
+        effect = account.recorder_effect
+        if effect is None or effect.low is None or effect.high is None or effect.low <= TOO_LARGE:
             continue
-        times = {"weighed": account.weight.latency_s.value, "traced": account.traced_latency_s}
+        rows = pd.DataFrame({"pairs": [effect.samples], "low": [effect.low], "high": [effect.high]})
         found.append(
             Finding(
                 "recorder_effect",
                 phase,
                 account.unit,
-                f"Under the recorder {phase} took {account.recorder_effect:.0%} longer than when it was weighed: which "
+                f"The recorder makes {phase} {effect.value:.0%} [{effect.low:.0%}, {effect.high:.0%}] longer: which "
                 "gap has which cause may differ from the run that was weighed.",
                 None,
                 None,
-                "traced latency / weighed latency - 1",
-                "both passes did the same work",
+                "latency with / without the recorder - 1, of generations that took turns",
+                "the pairs are independent of each other",
                 "trust the energy of kernels and of all gaps together; trace more repeats before trusting single gaps",
-                pd.DataFrame({"pass": list(times), "latency_ms": [t * 1e3 for t in times.values()]}),
+                rows,
             )
         )
     return found

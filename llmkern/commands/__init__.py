@@ -1,0 +1,107 @@
+"""The command line: one small file per command, loaded when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import click
+
+from llmkern import __version__
+from llmkern.errors import LlmkernError
+
+INTERNAL_ERROR = 70
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+# Name: (module, what it is for). Here and not in the modules, so that 'llmkern --help' imports none of them.
+_COMMANDS = {
+    "trace": ("trace", "Run a model, record its kernels and energy, and print where the joules went."),
+    "report": ("report", "Print the report of run folder RUN again, or write it as JSON, CSV or an HTML page."),
+    "diff": ("diff", "Say where the difference per token between two runs went."),
+    "export": ("export", "Write RUN for another tool: kernels and gaps with their joules, host calls, ranges, power."),
+    "import": ("import_", "Make a run folder of a capture of Nsight Systems or torch.profiler, and report it."),
+    "doctor": ("doctor", "Say what works on this machine and what to do about the rest."),
+    "models": ("models", "List the models that --model knows by name."),
+}
+
+
+class _Lazy(click.Group):
+    """A group that imports a command's module only when that command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        return command(name) if name in _COMMANDS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, told) for name, (_, told) in _COMMANDS.items()])
+
+
+def command(name: str) -> click.Command:
+    """Return the command called *name*; it is ``command`` in its module."""
+    found: click.Command = importlib.import_module(f"llmkern.commands.{_COMMANDS[name][0]}").command
+    return found
+
+
+@click.group(cls=_Lazy, context_settings=CONTEXT)
+@click.version_option(__version__, "-V", "--version", prog_name="llmkern")
+def cli() -> None:
+    """Where each joule of an LLM inference run goes: which kernel, or which idle gap between kernels."""
+
+
+def run(called: click.Command, program: str) -> None:
+    """Run a command and leave the process: 0 when it worked, else a sentence on stderr and the error's exit code."""
+    # Libraries talk on stdout and stderr while they load; the report should stand alone.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from llmkern.record import signals
+
+    try:
+        with signals.handled():
+            called.main(prog_name=program, standalone_mode=False)
+    except LlmkernError as error:
+        _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except signals.Ended as error:
+        _fail(f"ended by {error.signal.name}; nothing was changed.", error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("ended by SIGINT; nothing was changed.", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (head, less): that is no fault of the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        kind = type(error).__name__
+        _fail(
+            f"something unforeseen went wrong ({kind}: {error}). This is a fault of llmkern: run the command again "
+            "with --debug and report what it prints.",
+            INTERNAL_ERROR,
+        )
+    _leave()
+
+
+def _leave() -> None:
+    """Flush what was printed and leave; a reader that has gone in the meantime is no error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _fail(f"the output cannot be written ({error.strerror or error}): free some space or print it elsewhere.", 4)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"llmkern: {message}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command ``llmkern``."""
+    run(cli, "llmkern")

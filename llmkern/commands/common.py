@@ -1,0 +1,93 @@
+"""Options that several commands have, and how a report leaves the process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON (docs/json.md) instead.")
+top = click.option("--top", type=click.IntRange(1), default=8, show_default=True, help="Rows in the longer tables.")
+debug = click.option("--debug", is_flag=True, help="Show a traceback when something unforeseen goes wrong.")
+csv = click.option(
+    "--csv", "csv_folder", type=click.Path(path_type=Path), help="Write every table as CSV to this folder."
+)
+html = click.option(
+    "--html", "page", type=click.Path(dir_okay=False, path_type=Path), help="Write a self-contained page."
+)
+
+
+def out(what: str) -> Any:
+    """Return the option for where *what* is written."""
+    return click.option("--out", "-o", type=click.Path(path_type=Path), help=what)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of a report is wanted: *top* rows or JSON, tables in *csv_folder*, a *page* against a *baseline*."""
+
+    top: int = 8
+    as_json: bool = False
+    csv_folder: Path | None = None
+    page: Path | None = None
+    baseline: Path | None = None
+
+
+def console() -> Any:
+    """Return the console of a report; a pipe has no width of its own, 100 columns keep tables readable in a file."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
+    return Console(width=width)
+
+
+def check_wanted(folder: Path, wanted: Wanted) -> None:
+    """Refuse a page or tables where they may not be written; raises UsageError."""
+    from llmkern.report.html import is_page
+    from llmkern.report.tables import check_csv_folder
+    from llmkern.runfolder.place import check_file_target, check_output
+
+    if wanted.page is not None:
+        check_output(wanted.page, [folder, wanted.baseline], "--html")
+        check_file_target(wanted.page, is_page, force=True, option="--html")
+    if wanted.csv_folder is not None:
+        check_output(wanted.csv_folder, [folder, wanted.baseline], "--csv")
+        check_csv_folder(wanted.csv_folder)
+
+
+def show_report(folder: Path, wanted: Wanted) -> None:
+    """Print or write the report of run *folder*; nothing is written into it."""
+    from llmkern.attribute.attribution import attribute
+    from llmkern.explain import Explanation
+    from llmkern.report.doubts import doubts
+    from llmkern.runfolder import RunFolder
+
+    run = RunFolder(folder)
+    check_wanted(run.path, wanted)
+    explanation = Explanation(attribute(run))
+    uncertain = doubts(run, explanation.attribution)
+    if wanted.csv_folder is not None:
+        from llmkern.report.tables import run_tables, write_csv
+
+        write_csv(run_tables(explanation), wanted.csv_folder)
+    if wanted.page is not None:
+        from llmkern.report.html import write_page
+        from llmkern.report.terminal import books
+
+        other = attribute(RunFolder(wanted.baseline)) if wanted.baseline is not None else None
+        write_page(explanation, uncertain, books(run, explanation.attribution), wanted.page, other)
+        click.echo(f"Wrote {wanted.page} ({wanted.page.stat().st_size / 2**20:.1f} MiB).", err=True)
+        if not wanted.as_json:
+            return
+    if wanted.as_json:
+        from llmkern.report.document import echo, report_document
+
+        echo(report_document(explanation, uncertain))
+        return
+    from llmkern.report.terminal import print_report
+
+    print_report(explanation, uncertain, console(), wanted.top)

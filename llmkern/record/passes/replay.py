@@ -1,0 +1,212 @@
+"""Pass *replay*: each distinct operator of the run alone, with its real arguments, for its joules per launch.
+
+A sensor that ticks every 100 ms cannot see a kernel of 2 us, but it can see two seconds of nothing else. The weights of
+all layers take turns, so that they come from memory and not from a warm cache; activations are those of the first call.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from llmkern.record.device.interface import Device
+from llmkern.record.graphs import graph_signature, is_graph, launches_seen
+from llmkern.record.operators import computes, may_copy, signature_of
+from llmkern.record.passes.inspection import NEW_TOKENS
+from llmkern.record.passes.weigh import idle
+from llmkern.record.rig import Rig, Step
+from llmkern.runfolder.facts import ReplayFacts
+from llmkern.workload.engine import taken_apart
+from llmkern.workload.load import stored_tensors
+
+WINDOW_S = 2.0
+# As loaded as a decode loop, and as a prefill: towards the power cap a launch costs less, on a hot die more.
+DUTIES = (0.3, 0.9)
+# So many layers' weights in turn are more than any L2 holds.
+MOST_CALLS = 32
+# As finely mixed with rest as in a run, where kernels and gaps take turns within a millisecond.
+_BURST_S = 0.001
+
+
+@dataclass
+class Case:
+    """One signature with the calls that take turns."""
+
+    signature: str
+    function: Any
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    def run(self, index: int) -> None:
+        args, kwargs = self.calls[index % len(self.calls)]
+        self.function(*args, **kwargs)
+
+    def drifts(self) -> bool:
+        """Whether a second run with the same arguments writes other values into them than the first did.
+
+        Such an operator (an addition in place, say) would be replayed on values that run away to infinity.
+        """
+        schema = getattr(self.function, "_schema", None)
+        if schema is None or not schema.is_mutable:
+            return False
+        held = [leaf for leaf in tree_leaves(self.calls[0]) if isinstance(leaf, torch.Tensor)]
+        self.run(0)
+        before = [_bits(tensor).clone() for tensor in held]
+        self.run(0)
+        return any(not torch.equal(old, _bits(tensor)) for old, tensor in zip(before, held, strict=True))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    # As they are stored: what is not a number equals itself here.
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One window: *launches* operators of *signature* between its start and end."""
+
+    signature: str
+    start_ns: int
+    end_ns: int
+    launches: int
+    duty: float
+    captured: bool
+
+
+class Keeper(TorchDispatchMode):
+    """Keeps the arguments of every operator in *wanted*: weights as they are, activations as copies of the first."""
+
+    def __init__(self, model: nn.Module, wanted: set[str]) -> None:
+        super().__init__()
+        self._weights = {t.data_ptr() for t in stored_tensors(model)}
+        self._wanted = wanted
+        self.cases: dict[str, Case] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if computes(func) or may_copy(func):
+            signature = signature_of(func, tree_leaves((args, kwargs)))
+            if signature in self._wanted:
+                self._keep(signature, func, args, kwargs)
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Keep arguments, and CUDA graphs, for the time."""
+        with self, launches_seen(self._graph):
+            yield
+
+    def _graph(self, graph: Any, _start_ns: int, _end_ns: int) -> None:
+        name = graph_signature(graph)
+        if name in self._wanted:
+            # Looked up at each launch: now the method still reports to us.
+            self.cases[name] = Case(name, lambda: graph.replay(), [((), {})])
+
+    def _is_weight(self, leaf: Any) -> bool:
+        return isinstance(leaf, torch.Tensor) and leaf.data_ptr() in self._weights
+
+    def _keep(self, signature: str, func: Any, args: Any, kwargs: Any) -> None:
+        leaves, shape = tree_flatten((args, kwargs))
+        case = self.cases.get(signature)
+        if case is None:
+            case = self.cases[signature] = Case(signature, func)
+            # Before it runs: an operator that works in place would have changed them.
+            own = [x.clone() if isinstance(x, torch.Tensor) and not self._is_weight(x) else x for x in leaves]
+        elif len(case.calls) < MOST_CALLS and any(map(self._is_weight, leaves)):
+            first, _ = tree_flatten(case.calls[0])
+            own = [x if self._is_weight(x) else kept for x, kept in zip(leaves, first, strict=True)]
+        else:
+            return
+        case.calls.append(tree_unflatten(own, shape))
+
+
+def replay(rig: Rig, wanted: list[str]) -> None:
+    """Replay the operators *wanted* (signatures) into table ``replays``, and rest once more when all is warm.
+
+    An operator that changes what it is given is left out; the facts say how many there were.
+    """
+    if not wanted:
+        return
+    cases, drifting = kept_cases(rig, wanted)
+    total = len(cases) * len(DUTIES)
+    with rig.pumped("replay") as pump, rig.stages.stage("Replaying", total) as advance:
+        for window in windows(rig, cases, advance):
+            pump.check()
+            row = {name: [value] for name, value in asdict(window).items()}
+            rig.writer.append("replays", {**row, "seconds": None, "dynamic_j": None, "floor_w": None})
+        # Warmer than before: this is where the floor's slope over temperature comes from.
+        idle(rig)
+    known = rig.writer.facts.replays or ReplayFacts()
+    rig.writer.note(replays=replace(known, replayed=len(cases), drifting=drifting))
+
+
+def kept_cases(rig: Rig, wanted: list[str]) -> tuple[list[Case], int]:
+    """Return the cases of *wanted* that one more generation calls, and how many of them drift and are left out."""
+    keeper = Keeper(rig.model, set(wanted))
+    with taken_apart(rig.model), keeper.keeping():
+        rig.generation(NEW_TOKENS)
+    rig.annotator.drain()
+    cases = [keeper.cases[name] for name in wanted if name in keeper.cases]
+    with torch.inference_mode():
+        steady = [case for case in cases if not case.drifts()]
+    return steady, len(cases) - len(steady)
+
+
+def windows(rig: Rig, cases: list[Case], advance: Step) -> Iterator[Replayed]:
+    """Run each of *cases* for a window at each of DUTIES, begun at a counter tick and followed by two, and yield it."""
+    for case in cases:
+        with torch.inference_mode(), burst_of(rig.device, case) as (burst, per_burst, captured):
+            for duty in DUTIES:
+                rig.wait_for_ticks(1)
+                # Clock and throttle reasons several times in a window; reading them delays no joule.
+                rig.pace(0.0)
+                launches = 0
+                with rig.annotator.range(case.signature[:80], "replay"):
+                    start_ns, start_s = time.time_ns(), time.monotonic()
+                    while time.monotonic() - start_s < WINDOW_S:
+                        begin_s = time.perf_counter()
+                        burst()
+                        rig.device.synchronize()
+                        launches += per_burst
+                        time.sleep((time.perf_counter() - begin_s) * (1 / duty - 1))
+                    end_ns = time.time_ns()
+                rig.wait_for_ticks(2)
+                yield Replayed(case.signature, start_ns, end_ns, launches, duty, captured)
+                advance()
+
+
+@contextmanager
+def burst_of(device: Device, case: Case) -> Iterator[tuple[Callable[[], None], int, bool]]:
+    """Yield a function that launches about 1 ms of *case*, how many launches that is, and whether it is a CUDA graph.
+
+    Operators that synchronize cannot be captured and are launched one by one; then the host's time is idle time, which
+    the floor pays for.
+    """
+    for index in range(len(case.calls)):
+        case.run(index)
+    device.synchronize()
+    begin_s = time.perf_counter()
+    case.run(0)
+    device.synchronize()
+    count = max(1, min(2000, round(_BURST_S / max(time.perf_counter() - begin_s, 1e-6))))
+    # Every call as often as the others, so that a burst moves each layer's weights.
+    count = -(-count // len(case.calls)) * len(case.calls)
+
+    def eager() -> None:
+        for index in range(count):
+            case.run(index)
+
+    # A graph cannot be captured in another.
+    graph = None if is_graph(case.signature) else device.captured(eager)
+    if graph is None:
+        yield eager, count, False
+    else:
+        yield graph.replay, count, True
+        graph.reset()
