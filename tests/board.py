@@ -206,7 +206,7 @@ class Board:
         sensor = self.sensor
         ticks = np.arange(self.start_ns, self.now_ns, sensor.tick_ns)
         noise_j = self.random.normal(0.0, sensor.noise_mj / 1e3, len(ticks))
-        energy_mj = np.round((self.energy_j(ticks) * sensor.gain + noise_j) * 1e3).astype(np.int64)
+        energy_mj = np.round((1e6 + self.energy_j(ticks) * sensor.gain + noise_j) * 1e3).astype(np.int64)
         samples = np.arange(self.start_ns + sensor.sample_ns, self.now_ns, sensor.sample_ns)
         power_w = np.diff(self.energy_j(samples - int(sensor.lag_ms * MS))) / (sensor.sample_ns / S) * sensor.gain
         self._append(

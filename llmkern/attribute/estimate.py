@@ -11,6 +11,8 @@ from scipy import stats
 
 # From here on the interval of the median needs no assumption: 2nd to 2nd last of 9 samples hold it in 96 % of cases.
 LEAST_FOR_MEDIAN = 6
+# Two values that happen to agree say nothing of a third.
+LEAST_FOR_INTERVAL = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def from_samples(values: Sequence[float]) -> Estimate:
     """Return the median of independent *values* with its distribution-free 95 % interval (order statistics).
 
     One window disturbed by the host moves neither. With fewer than six values the order says too little: then it is
-    the mean with Student's t.
+    the mean with Student's t, and with fewer than three there is no interval.
     """
     data = np.sort(np.asarray(values, float))
     count = len(data)
@@ -49,8 +51,8 @@ def from_samples(values: Sequence[float]) -> Estimate:
         k = max(1, int(stats.binom.ppf(0.025, count, 0.5)))
         return Estimate(float(np.median(data)), float(data[k - 1]), float(data[count - k]), count)
     mean = float(data.mean())
-    if count < 2:
-        return Estimate(mean)
+    if count < LEAST_FOR_INTERVAL:
+        return Estimate(mean, samples=count)
     half = float(stats.t.ppf(0.975, count - 1) * data.std(ddof=1) / math.sqrt(count))
     return Estimate(mean, mean - half, mean + half, count)
 

@@ -13,6 +13,7 @@ from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measu
 from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.timeline import Timeline
 from llmkern.runfolder import RunFolder
+from llmkern.runfolder.vocabulary import PREFILL
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight]
     known: dict[str, PhaseWeight] = {}
     unknown: dict[str, str] = {}
     for name, weight in phases.items():
-        if not _above_zero(weight.latency_s):
+        if not _known(name, weight.latency_s, weight.latency_samples_s):
             unknown[name] = (
                 f"The latency of {name} is not known: by difference it is {_told(weight.latency_s, 1e3, 'ms')} per "
                 f"{weight.unit}, which holds zero; use more --new-tokens and --repeats 10."
             )
             continue
         energy_j = weight.energy_j
-        if energy_j is not None and not _above_zero(energy_j):
+        if energy_j is not None and not _known(name, energy_j, weight.energy_samples_j):
             unknown[f"{name} energy"] = (
                 f"The energy of {name} is not known: by difference it is {_told(energy_j, 1, 'J')} per {weight.unit}, "
                 "which holds zero; use more --new-tokens and --repeats 10."
@@ -121,8 +122,20 @@ def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight]
     return known, unknown
 
 
-def _above_zero(estimate: Estimate) -> bool:
-    return estimate.value > 0 and (estimate.low is None or estimate.low > 0)
+def _known(phase: str, estimate: Estimate, samples: list[float]) -> bool:
+    if phase == PREFILL:
+        # Weighed directly: what was measured was there.
+        return estimate.value > 0
+    if estimate.low is None:
+        return all(value > 0 for value in samples if value == value)
+    return estimate.low > 0
+
+
+def _not_below_zero(phase: str, estimate: Estimate) -> Estimate:
+    """Return *estimate* of what was weighed directly, which no interval can take below zero."""
+    if phase != PREFILL or estimate.low is None:
+        return estimate
+    return replace(estimate, low=max(0.0, estimate.low))
 
 
 def _told(estimate: Estimate, scale: float, unit: str) -> str:
@@ -264,9 +277,9 @@ def _phase(
     return PhaseWeight(
         phase,
         unit,
-        from_samples(latency_s.to_list()),
+        _not_below_zero(phase, from_samples(latency_s.to_list())),
         latency_s.to_list(),
-        from_samples(known.to_list()) if len(known) else None,
+        _not_below_zero(phase, from_samples(known.to_list())) if len(known) else None,
         energy_j.to_list(),
         from_samples(by_round.to_list()) if len(by_round) else from_samples(latency_s.to_list()),
         from_samples([j / steps for j in joule]) if joule else None,

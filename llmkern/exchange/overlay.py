@@ -84,6 +84,8 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         rows = by_start(run.table("kernels", where={"pass": name, "device": index}))
         if rows.empty:
             continue
+        # What another tool did not say of a kernel is its first stream and no call.
+        rows = rows.fillna({"stream": 0, "context": 0, "correlation_id": 0, "graph_id": 0, "graph_node_id": 0})
         calls = read_calls(run, name)
         marks = run.table("ranges", where={"pass": name})
         timeline = build_timeline(rows.assign(row=np.arange(len(rows))), calls, marks, index, name)
@@ -159,8 +161,8 @@ def _title(facts: RunFacts) -> str:
 
 
 def _process(launches: list[pd.DataFrame]) -> int:
-    known = [int(frame["process"].iloc[0]) for frame in launches if len(frame)]
-    return known[0] if known else 1
+    known = pd.concat([frame["process"] for frame in launches]).dropna() if launches else pd.Series(dtype=float)
+    return int(known.iloc[0]) if len(known) else 1
 
 
 def _known(attribution: Attribution, name: str) -> tuple[Identified | None, pd.DataFrame | None]:
@@ -179,7 +181,8 @@ def _watts(attribution: Attribution) -> pd.DataFrame:
         watts = rows["energy_j"] / (rows["duration_ns"] / 1e9)
         found.append(rows[["op_index", "name"]].assign(phase=phase, name=rows["name"].astype(object), watts=watts))
     if not found:
-        return pd.DataFrame({"op_index": [], "name": [], "phase": [], "watts": []})
+        nothing = pd.DataFrame({"op_index": [], "name": [], "phase": [], "watts": []})
+        return nothing.astype({"name": object, "phase": object})
     return pd.concat(found, ignore_index=True)
 
 

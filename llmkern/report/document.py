@@ -57,8 +57,9 @@ def run_facts(attribution: Attribution) -> dict[str, Any]:
     """Return what a run was of: folder, status, workload, device, versions."""
     facts: dict[str, Any] = msgspec.to_builtins(attribution.run.facts)
     kept = ("started", "command", "options", "model", "prompts", "device", "host", "versions", "elapsed_s", "reason")
-    told = {name: facts[name] for name in kept if facts[name] not in (None, "", {})}
-    return {"folder": str(attribution.run.path), "status": attribution.run.status, **told}
+    told = {name: facts[name] for name in kept if facts.get(name) not in (None, "", {})}
+    found: dict[str, Any] = finite({"folder": str(attribution.run.path), "status": attribution.run.status, **told})
+    return found
 
 
 def finite(value: Any) -> Any:

@@ -147,6 +147,8 @@ def check_file_target(target: Path, ours: Callable[[Path], bool], *, force: bool
         raise UsageError(f"{target} is a folder: give a file with {option}.")
     if not target.exists():
         return
+    if not target.is_file() or target.is_symlink():
+        raise UsageError(f"{target} is a device or a link, no file of its own: give another with {option}.")
     if not force:
         raise UsageError(f"{target} exists and is not overwritten: choose another name with {option}, or add --force.")
     if not ours(target):

@@ -197,7 +197,7 @@ RULES: dict[str, Rules] = {
         span=True,
     ),
     "ops": Rules(
-        needed=("start_ns", "end_ns", "op", "signature"),
+        needed=("start_ns", "end_ns", "op"),
         least={**_TIMES, "token": 0, "layer": 0, "moved_bytes": 0, "flops": 0},
         most={**_LATEST, "moved_bytes": 2**60, "flops": 2**62},
         span=True,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from llmkern.attribute.attribution import attribute
 from llmkern.errors import RecordingError, UsageError
-from llmkern.exchange.exporting import export_run, parse_tokens
+from llmkern.exchange.exporting import Request, export_run, parse_tokens
 from llmkern.exchange.importing import import_capture
 from llmkern.exchange.overlay import Overlay, cut, overlay
 from llmkern.runfolder import RunFolder
@@ -214,12 +216,48 @@ def test_the_command_writes_beside_the_run_and_overwrites_nothing(tmp_path: Path
     assert_sentence(llmkern("export", str(tmp_path / "none"), "--to", "nsys"), "is not a run folder")
 
 
-def test_a_full_disk_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(RecordingError, match=r"writing /dev/full failed \(No space left on device\)"):
-        export_run(recorded_run("int4").path, "perfetto", Path("/dev/full"), force=True)
+def test_a_full_disk_is_a_sentence_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = export_run(recorded_run("int4").path, "perfetto", tmp_path / "a.json.gz")
+    before = out.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(RecordingError, match=r"a\.json\.gz cannot be written \(No space left on device\)"):
+        export_run(recorded_run("int4").path, "perfetto", out, force=True)
+    assert out.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json.gz"]
+
+
+@pytest.mark.parametrize("to", ["nsys", "perfetto", "parquet", "csv"])
+def test_nothing_is_written_over_an_input_or_over_what_is_not_ours(tmp_path: Path, to: str) -> None:
+    """L1: export RUN --to parquet --out RUN --force overwrote the run's own tables."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded_run("int4").path, run)
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    for out in (run, run / "inside"):
+        with pytest.raises(UsageError, match=r"(is|lies inside) the input"):
+            export_run(run, to, out, force=True)
+    with pytest.raises(UsageError, match="holds the input"):
+        export_run(run, to, tmp_path, force=True)
+    precious = tmp_path / "precious"
+    precious.write_text("years of work")
+    if to in ("parquet", "csv"):
+        precious.unlink()
+        precious.mkdir()
+        (precious / "kernels.parquet").write_text("an export")
+        (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match=r"not written by llmkern|no export of llmkern"):
+        export_run(run, to, precious, force=True)
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    export_run(run, to, tmp_path / "twice")
+    export_run(run, to, tmp_path / "twice", force=True)
+    with pytest.raises(UsageError, match="is a device"):
+        export_run(run, "perfetto", Path("/dev/full"), force=True)
 
 
 def test_an_interrupted_run_is_exported_as_far_as_it_goes(tmp_path: Path) -> None:
     found = RunFolder(DATA / "h100-gap-sleeping-host")
-    path = export_run(found.path, "nsys", tmp_path / "gap.sqlite", passes=("calls",))
+    path = export_run(found.path, "nsys", tmp_path / "gap.sqlite", Request(passes=("calls",)))
     assert rows_of(path, "SELECT count(*) FROM LLMKERN_GAPS WHERE cause = 'launch_bound'")[0][0] > 80

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmkern.explain.roofline import peaks, roofline
+from llmkern.runfolder.facts import DeviceFacts
 from tests.recorded import recorded
 
-H100 = {"name": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0", "multiprocessors": 132, "sm_clock_max_mhz": 1830}
+H100 = DeviceFacts(
+    kind="cuda",
+    index=0,
+    name="NVIDIA H100 80GB HBM3",
+    compute_capability="9.0",
+    multiprocessors=132,
+    sm_clock_max_mhz=1830,
+)
 
 
 def test_the_peaks_of_an_h100_are_those_of_its_data_sheet() -> None:
@@ -19,11 +29,11 @@ def test_the_peaks_of_an_h100_are_those_of_its_data_sheet() -> None:
 
 
 def test_a_board_says_its_own_bandwidth_and_an_unknown_one_has_no_roof() -> None:
-    own = peaks({**H100, "memory_bytes_per_s": 4.8e12})
+    own = peaks(replace(H100, memory_bytes_per_s=4.8e12))
     assert own is not None
     assert own.bytes_per_s == 4.8e12
-    assert peaks({"kind": "cpu", "name": "Some CPU"}) is None
-    bare = peaks({"name": "NVIDIA H200", "compute_capability": "99.0"})
+    assert peaks(DeviceFacts(kind="cpu", index=0, name="Some CPU")) is None
+    bare = peaks(DeviceFacts(kind="cuda", index=0, name="NVIDIA H200", compute_capability="99.0"))
     assert bare is not None
     assert bare.flops == {}
 

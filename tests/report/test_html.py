@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llmkern.errors import RecordingError
+from llmkern.errors import RecordingError, UsageError
 from llmkern.explain import Explanation
-from llmkern.report.html import page, write_page
+from llmkern.report.html import is_page, page, write_page
 from tests.recorded import recorded
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -107,8 +107,21 @@ def test_a_run_with_nothing_but_time_has_a_page(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
     with pytest.raises(RecordingError, match="choose another file"):
-        write_page(Explanation(recorded("int4")), [], [], tmp_path / "no" / "page.html")
+        write_page(Explanation(recorded("int4")), [], [], tmp_path / "file" / "page.html")
+
+
+def test_only_a_page_of_ours_is_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    file.write_text("<!doctype html><title>My own</title>")
+    with pytest.raises(UsageError, match="was not written by llmkern"):
+        write_page(Explanation(recorded("int4")), [], [], file)
+    assert "My own" in file.read_text()
+    file.unlink()
+    for _ in range(2):
+        write_page(Explanation(recorded("int4")), [], [], file)
+    assert is_page(file)
 
 
 @needs_browser

@@ -342,7 +342,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
         def fill() -> None:
             for i in range(100):
-                rising = np.sort(noise.integers(0, 2**60, 5000)) // 100 + i * 2**53
+                rising = np.sort(noise.integers(0, 2**53, 5000)) + i * 2**53
                 run.append("energy", energy_rows(i * 5000, 5000) | {"energy_mj": rising})
 
         with pytest.raises(RecordingError, match="No space left on device"):
