@@ -18,9 +18,6 @@ constexpr int64_t kSamplePeriodNs = 900 * kMs;
 // A counter call takes about 3 ms on an H100: begin so early that one call ends before the tick.
 constexpr int64_t kLeadNs = 5 * kMs;
 constexpr int64_t kPauseNs = 500'000;
-// Intervals this close to the shortest are periods; a longer one has a missed tick in it.
-constexpr double kSamePeriod = 1.2;
-constexpr int kPeriodsToLock = 3;
 // A tick known less well than this is not used: two reads per 2 s window must stay under half a percent.
 constexpr int64_t kWorstUncertaintyNs = 8 * kMs;
 
@@ -69,7 +66,7 @@ int64_t as_integer(const nvml::FieldValue& f) {
 NvmlSampler::NvmlSampler(std::optional<std::string> uuid, std::optional<unsigned> index, const std::string& library,
                          double tick_period_hint_ms)
     : api_(library),
-      period_ns_(static_cast<int64_t>(tick_period_hint_ms * kMs)) {
+      lock_(static_cast<int64_t>(tick_period_hint_ms * kMs)) {
   if (uuid) {
     api_.check(api_.by_uuid(uuid->c_str(), &device_), "find the GPU " + *uuid);
   } else {
@@ -169,10 +166,9 @@ void NvmlSampler::start() {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = false;
   }
-  locked_ = false;
+  lock_.reset();
   hunting_ = false;
   last_tick_ns_ = 0;
-  periods_ns_.clear();
   last_mj_.reset();
   last_sample_us_ = static_cast<unsigned long long>(read_clock(CLOCK_REALTIME) / 1000);
   thread_ = std::thread(&NvmlSampler::loop, this);
@@ -209,7 +205,7 @@ void NvmlSampler::loop() {
     answered = hurried_;
     lock.unlock();
     // Somebody waits for a tick, or wants them more often: do not sleep until the one that was planned.
-    if (hurry && !hunting_ && locked_) counter_at = next_hunt(now_ns());
+    if (hurry && !hunting_ && lock_.locked()) counter_at = next_hunt(now_ns());
   }
   // What the driver still keeps belongs to the time before the stop.
   read_samples(now_ns());
@@ -231,50 +227,31 @@ int64_t NvmlSampler::follow_counter(int64_t now) {
     hunting_ = true;
     last_mj_ = energy_mj;
     last_poll_ns_ = middle;
-    return end + (locked_ ? kPauseNs : 2 * kMs);
+    return end + (lock_.locked() ? kPauseNs : 2 * kMs);
   }
   const int64_t uncertainty = (middle - last_poll_ns_) / 2;
   const int64_t tick = middle - uncertainty;
   last_mj_ = energy_mj;
   last_poll_ns_ = middle;
   if (uncertainty > kWorstUncertaintyNs) return end + kPauseNs;  // this thread was held up: hunt the next one
-  if (last_tick_ns_ != 0) learn_period(tick - last_tick_ns_);
+  if (last_tick_ns_ != 0) lock_.learn(tick - last_tick_ns_);
   last_tick_ns_ = tick;
   record_tick(wall_ns(tick), uncertainty, static_cast<int64_t>(energy_mj));
-  if (!locked_) return end + 2 * kMs;
+  if (!lock_.locked()) return end + 2 * kMs;
   hunting_ = false;
   return next_hunt(end);
 }
 
-// Takes in the time between two ticks that were seen. Until the period is known every tick is looked for, and one that was
-// missed (this thread was held up) shows as an interval of two: so the period is the shortest interval that comes again.
-void NvmlSampler::learn_period(int64_t passed) {
-  if (locked_ && passed < period_ns_ * 3 / 4) {
-    // A tick where none was expected: what was taken for the period is more than one.
-    locked_ = false;
-    periods_ns_.clear();
-  }
-  periods_ns_.push_back(locked_ ? passed / std::max<int64_t>(1, (passed + period_ns_ / 2) / period_ns_) : passed);
-  if (periods_ns_.size() > 15) periods_ns_.pop_front();
-  std::vector<int64_t> sorted(periods_ns_.begin(), periods_ns_.end());
-  std::sort(sorted.begin(), sorted.end());
-  const auto same = std::upper_bound(sorted.begin(), sorted.end(), static_cast<int64_t>(sorted[0] * kSamePeriod));
-  const auto alike = same - sorted.begin();
-  if (!locked_ && alike < kPeriodsToLock) return;
-  period_ns_ = sorted[static_cast<size_t>(alike / 2)];
-  locked_ = true;
-}
-
 // The time to begin looking for the next wanted tick.
 int64_t NvmlSampler::next_hunt(int64_t now) const {
-  const int64_t lead = std::min(kLeadNs, period_ns_ / 3);
+  const int64_t lead = std::min(kLeadNs, lock_.period_ns() / 3);
   int64_t earliest = now + lead + kPauseNs;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (waiting_ == 0) earliest = std::max(earliest, last_tick_ns_ + interval_ns_ - period_ns_ / 2);
+    if (waiting_ == 0) earliest = std::max(earliest, last_tick_ns_ + interval_ns_ - lock_.period_ns() / 2);
   }
-  const int64_t periods = std::max<int64_t>(1, (earliest - last_tick_ns_ + period_ns_ - 1) / period_ns_);
-  return last_tick_ns_ + periods * period_ns_ - lead;
+  const int64_t periods = std::max<int64_t>(1, (earliest - last_tick_ns_ + lock_.period_ns() - 1) / lock_.period_ns());
+  return last_tick_ns_ + periods * lock_.period_ns() - lead;
 }
 
 void NvmlSampler::set_tick_interval_s(double seconds) {
@@ -295,7 +272,7 @@ void NvmlSampler::record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t e
     energy_.uncertainty_ns.push_back(uncertainty_ns);
     latest_tick_ = {time_ns, energy_mj};
     ++ticks_;
-    if (locked_) tick_period_ms_ = static_cast<double>(period_ns_) / kMs;
+    if (lock_.locked()) tick_period_ms_ = static_cast<double>(lock_.period_ns()) / kMs;
   }
   ticked_.notify_all();
 }

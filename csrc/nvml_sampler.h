@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "nvml_api.h"
+#include "tick_lock.h"
 
 namespace llmkern {
 
@@ -71,7 +71,6 @@ class NvmlSampler {
   int64_t follow_counter(int64_t now_ns);
   int64_t read_fields(int64_t now_ns);
   int64_t read_samples(int64_t now_ns);
-  void learn_period(int64_t passed);
   void record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t energy_mj);
   void failed(int result, const char* what);
 
@@ -87,10 +86,8 @@ class NvmlSampler {
   bool hunting_ = false;
   int64_t last_poll_ns_ = 0;
   int64_t last_tick_ns_ = 0;
-  int64_t period_ns_;
-  std::deque<int64_t> periods_ns_;
+  TickLock lock_;
   std::atomic<int64_t> interval_ns_{0}, field_interval_ns_{0}, busy_ns_{0};
-  bool locked_ = false;
   unsigned long long last_sample_us_ = 0;
 
   // Taken by whoever starts or stops; never by the sampler's thread.

@@ -14,6 +14,7 @@
 
 #include "activity_decoder.h"
 #include "cupti_api.h"
+#include "tick_lock.h"
 
 namespace py = pybind11;
 
@@ -178,6 +179,14 @@ class BareCupti {
 void bind_testing(py::module_& parent) {
   auto m = parent.def_submodule("testing", "Activity buffers built by hand, for tests and load generators.");
   const auto none = py::none();
+  m.def(
+      "tick_period_ns",
+      [](const std::vector<int64_t>& intervals_ns, int64_t hint_ns) {
+        TickLock lock(hint_ns);
+        for (const int64_t passed_ns : intervals_ns) lock.learn(passed_ns);
+        return lock.locked() ? std::optional(lock.period_ns()) : std::nullopt;
+      },
+      py::arg("intervals_ns"), py::arg("hint_ns"));
   m.def("fail_records", [](int64_t count) { failing_records = count; }, py::arg("count"));
   m.def("kernel_records", &kernel_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("names"),
         py::arg("name") = none, py::arg("correlation_id") = none, py::arg("device") = none, py::arg("stream") = none,

@@ -41,6 +41,14 @@ def with_interval(estimate: Estimate | None, unit: str) -> str:
     return f"{estimate.value / factor:,.{places}f} ± {half:.{places}f} {name}"
 
 
+def elided(text: str, width: int) -> str:
+    """Return *text* cut to *width* characters in its middle: what tells names apart is at their ends."""
+    if len(text) <= width:
+        return text
+    tail = (2 * (width - 1)) // 3
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}" if width > 1 else text[:width]
+
+
 def count(value: float) -> str:
     """Return a count per unit: whole numbers without decimals."""
     return f"{value:,.0f}" if abs(value - round(value)) < 0.005 else f"{value:,.2f}"

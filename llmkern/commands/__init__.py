@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 
 import click
@@ -60,7 +61,11 @@ def run(called: click.Command, program: str) -> None:
 
     try:
         with signals.handled():
-            called.main(prog_name=program, standalone_mode=False)
+            try:
+                called.main(prog_name=program, standalone_mode=False)
+            except click.Abort as error:
+                # What click makes of every KeyboardInterrupt.
+                raise signals.Ended(signals.came() or signal.SIGINT) from error
     except LlmkernError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
@@ -68,8 +73,6 @@ def run(called: click.Command, program: str) -> None:
         sys.exit(error.exit_code)
     except signals.Ended as error:
         _fail(f"ended by {error.signal.name}; nothing was changed.", error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("ended by SIGINT; nothing was changed.", 130)
     except BrokenPipeError:
         # The reader of our output has gone (head, less): that is no fault of the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -47,14 +47,16 @@ def console() -> Any:
 
 def check_wanted(folder: Path, wanted: Wanted) -> None:
     """Refuse a page or tables where they may not be written; raises UsageError."""
-    from llmkern.report.html import is_page
-    from llmkern.report.tables import check_csv_folder
     from llmkern.runfolder.place import check_file_target, check_output
 
     if wanted.page is not None:
+        from llmkern.report.html import is_page
+
         check_output(wanted.page, [folder, wanted.baseline], "--html")
         check_file_target(wanted.page, is_page, force=True, option="--html")
     if wanted.csv_folder is not None:
+        from llmkern.report.tables import check_csv_folder
+
         check_output(wanted.csv_folder, [folder, wanted.baseline], "--csv")
         check_csv_folder(wanted.csv_folder)
 

@@ -94,7 +94,7 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         own = _kernels(rows, timeline.kernels, op, ops, watts)
         kernels.append(own)
         gaps.append(_gaps(timeline.gaps if caused is None else caused, timeline.kernels, own, attribution))
-        launches.append(run.table("launches", where={"pass": name}))
+        launches.append(run.table("launches", where={"pass": name}).fillna({"thread": 0, "process": 1}))
         overheads.append(run.table("overheads", where={"pass": name}))
         ranges += [_pass_range(name, rows, marks), marks]
         counters += _energies(own, gaps[-1], name)

@@ -13,11 +13,13 @@ from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.estimate import Estimate
 from llmkern.explain.compare import Checked, Difference, change
 from llmkern.report.heading import heading
-from llmkern.text import count, quantity, with_interval
+from llmkern.text import count, elided, quantity, with_interval
 
 _BAR = 20
 # A narrower terminal needs its columns for names and numbers.
 _WIDE = 100
+_LEAST = 18
+_TITLES = ("before", "after", "change", "launches")
 
 
 def print_difference(
@@ -35,15 +37,15 @@ def print_difference(
         console.print()
         console.print(_total(difference), highlight=False)
         for table in (
-            _bars(difference, "bars", "Kernels by kind, gaps by cause", top, console.width >= _WIDE),
+            _bars(difference, "bars", "Kernels by kind, gaps by cause", top, console.width),
             _bars(
                 difference,
                 "work",
                 "By the kind of work (gaps: of the kernel after)",
                 top,
-                console.width >= _WIDE,
+                console.width,
             ),
-            _bars(difference, "modules", "By module", top, console.width >= _WIDE),
+            _bars(difference, "modules", "By module", top, console.width),
         ):
             console.print()
             console.print(table)
@@ -73,13 +75,14 @@ def signed(estimate: Estimate, unit: str) -> str:
     return ("+" if estimate.value > 0 else "") + with_interval(estimate, unit)
 
 
-def _bars(difference: Difference, view: str, title: str, top: int, wide: bool) -> Table:
+def _bars(difference: Difference, view: str, title: str, top: int, width: int) -> Table:
+    wide = width >= _WIDE
     rows = getattr(difference, view)
     has_energy = bool(rows["change_j"].notna().any())
     key, unit = ("change_j", "J") if has_energy else ("change_s", "s")
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1, min_width=18)
-    for column in ("before", "after", "change", "launches"):
+    table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1, min_width=_LEAST)
+    for column in _TITLES:
         table.add_column(column, justify="right", no_wrap=True)
     if wide:
         table.add_column("", no_wrap=True, width=_BAR)
@@ -88,13 +91,19 @@ def _bars(difference: Difference, view: str, title: str, top: int, wide: bool) -
     if len(rest):
         sums = rest.sum(numeric_only=True).to_dict()
         shown.append({**sums, "part": "", "name": f"{len(rest)} others", "module": ""})
+    cells: list[list[Any]] = []
     for row in shown:
         estimate = Estimate(row[key], row["low_j"], row["high_j"]) if has_energy else Estimate(row[key])
         words = [f"{row['part']}:" if row["part"] in ("gaps", "kernels") else "", row["name"], row.get("module")]
         name = " ".join(str(word) for word in words if word).replace("model.layers.", "")
         before, after = (quantity(row[f"{side}_{key[-1]}"], unit) for side in ("before", "after"))
         bar = [_bar(row[key] / largest)] if wide else []
-        table.add_row(name, before, after, signed(estimate, unit), _launches(row), *bar)
+        cells.append([name, before, after, signed(estimate, unit), _launches(row), *bar])
+    # What is left of the line beside the numbers, with two blanks between columns.
+    others = sum(2 + max([len(title), *(len(str(c[i])) for c in cells)]) for i, title in enumerate(_TITLES, 1))
+    room = max(_LEAST, width - others - (_BAR + 2 if wide else 0))
+    for name, *rest in cells:
+        table.add_row(elided(name, room), *rest)
     return table
 
 

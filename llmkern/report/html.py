@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def page(explanation: Explanation, uncertain: list[str], books: list[str], basel
         environment=_environment(facts),
         style=(source / "page.css").read_text(),
         script=(source / "page.js").read_text(),
-        library=_script_safe(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),
+        library=_library(),
     )
 
 
@@ -341,6 +342,12 @@ def _environment(facts: RunFacts) -> list[tuple[str, str]]:
     rows += [(name.replace("_", " "), str(value)) for name, value in device.items() if value is not None]
     rows += [(f"host {name.replace('_', ' ')}", str(value)) for name, value in host.items() if value is not None]
     return [row for row in rows if row[1]]
+
+
+@cache
+def _library() -> str:
+    """Return the charts' library; bundling it takes seconds."""
+    return _script_safe(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 def _script_safe(code: str) -> str:

@@ -100,7 +100,7 @@ def test_a_cuda_graph_gives_every_node(ones: torch.Tensor) -> None:
     assert (kernels["graph_id"] > 0).all()
     assert kernels["graph_node_id"].nunique() == 50
     assert (launches["api"] == "cudaGraphLaunch").sum() == 4
-    assert recorder.facts()["dropped_records"] == 0
+    assert recorder.facts().dropped_records == 0
 
 
 def test_streams_and_threads_are_told_apart(ones: torch.Tensor) -> None:

@@ -49,6 +49,11 @@ int nvmlDeviceGetTotalEnergyConsumption(void *d, unsigned long long *mj) {
   ++counter_calls;
   if (set("FAKE_BREAK_AFTER") && counter_calls > (long long)number("FAKE_BREAK_AFTER", 0)) return LOST;
   long long cost_ns = (long long)(number("FAKE_COST_US", 0) * 1e3);
+  /* One call that takes long, as when the thread is held up: FAKE_HOLD is its number, 60 ms. */
+  if (set("FAKE_HOLD") && counter_calls == (long long)number("FAKE_HOLD", 0)) {
+    struct timespec held = {0, 60000000};
+    nanosleep(&held, NULL);
+  }
   struct timespec rest = {0, cost_ns / 2};
   if (cost_ns) nanosleep(&rest, NULL);
   long long tick_ns = (long long)(number("FAKE_TICK_MS", 100) * 1e6);

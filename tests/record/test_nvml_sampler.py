@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,3 +212,23 @@ def test_calls_are_priced(fake_nvml: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_full_gpu_passes_the_check() -> None:
     check_nvml({"mig_enabled": False, "index": 0}, {"energy_counter": None})
+
+
+@pytest.mark.parametrize("call", [1, 20, 60, 110])
+def test_a_hold_up_among_the_first_ticks_loses_no_others(
+    fake_nvml: str, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """C1: the sampler took twice the period for the period, for good."""
+    monkeypatch.setenv("FAKE_HOLD", str(call))
+    sampler, rows = watch(fake_nvml, 2.0)
+    assert sampler.tick_period_ms == pytest.approx(100, rel=0.05)
+    assert len(rows["energy"]["timestamp_ns"]) > 13
+
+
+def test_the_sampler_goes_by_the_clock_that_nobody_sets() -> None:
+    """C4: it scheduled its reads on CLOCK_REALTIME, and a clock that was set back stopped them for as long."""
+    source = (Path(__file__).parents[2] / "csrc" / "nvml_sampler.cpp").read_text()
+    body = source[source.index("int64_t now_ns()") :]
+    assert body.startswith("int64_t now_ns() { return read_clock(CLOCK_MONOTONIC); }")
+    # The time of day is for what is recorded, and for the driver's samples, which have no other.
+    assert body.count("CLOCK_REALTIME") == 2
