@@ -4,8 +4,11 @@ VENV   ?= .venv
 # On a GPU machine PyPI's file of this version is the CUDA build; TORCH=torch takes the newest.
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
+# Of the tests that run at the same time.
+JOBS   ?= 2
+SANITIZE ?= address,undefined
 
-.PHONY: help run test lint types check build doctor clean
+.PHONY: help run test lint types check sanitize sdist build doctor clean
 
 help:  ## print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
@@ -25,7 +28,7 @@ run: build  ## set up and run the main job: qwen-7b int8 on a GPU, qwen-tiny on 
 	else $(BIN)/python -m llmkern.trace --model qwen-tiny --precision int8 --prompt-tokens 64; fi
 
 test: build  ## set up and run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: build  ## ruff
 	$(BIN)/ruff check .
@@ -34,7 +37,13 @@ lint: build  ## ruff
 types: build  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## everything CI runs
+check: lint types test  ## what CI runs, but for the sanitizers
+
+sanitize: build  ## the recorder's tests under ASAN and UBSAN (SANITIZE=thread: TSAN)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.sanitized $(SANITIZE) -q
+
+sdist: build  ## a source distribution in dist/
+	$(BIN)/python -m build --sdist
 
 doctor: build  ## what works on this machine
 	$(BIN)/llmkern doctor

@@ -296,7 +296,7 @@ def main() -> None:
     if cuda:
         measure("calls", lambda: bench.called(recorder))
     # Last: torch.profiler keeps CUPTI once it has it.
-    few = max(2, arguments.quads // 4)
+    few = max(4, arguments.quads // 4)
     measure("torch.profiler, GPU", lambda: profile(activities=gpu), quads=few)
     measure("torch.profiler, CPU and GPU", lambda: profile(activities=both), quads=few)
     print(write("overhead", cases, arguments.results))

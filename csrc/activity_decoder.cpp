@@ -82,14 +82,9 @@ void ActivityDecoder::decode(uint8_t* buffer, size_t size, DeviceColumns& column
       case CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL:
       case CUPTI_ACTIVITY_KIND_MEMCPY:
       case CUPTI_ACTIVITY_KIND_MEMCPY2:
-      case CUPTI_ACTIVITY_KIND_MEMSET:
-        add_kernel(record, columns.kernels, counts);
-        break;
-      case CUPTI_ACTIVITY_KIND_OVERHEAD:
-        add_overhead(record, columns.overheads, counts);
-        break;
-      default:
-        ++counts.unknown_records;
+      case CUPTI_ACTIVITY_KIND_MEMSET: add_kernel(record, columns.kernels, counts); break;
+      case CUPTI_ACTIVITY_KIND_OVERHEAD: add_overhead(record, columns.overheads, counts); break;
+      default: ++counts.unknown_records;
     }
   }
 }

@@ -2,7 +2,8 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <ctime>
+
+#include "clocks.h"
 
 namespace llmkern {
 namespace {
@@ -10,8 +11,8 @@ namespace {
 std::atomic<ActivityRecorder*> active{nullptr};
 std::atomic<int64_t> inside{0};
 
-// A callback's stay in the active recorder, which is not destroyed while one is there. Whoever takes `active` away looks at
-// `inside` afterwards, a callback at `active` after it has raised `inside`: one of the two sees the other.
+// A callback's stay in the active recorder, which is not destroyed while one is there. Whoever takes `active` away
+// looks at `inside` afterwards, a callback at `active` after it has raised `inside`: one of the two sees the other.
 class Visit {
  public:
   Visit() {
@@ -33,14 +34,18 @@ constexpr size_t kAlignment = 8;
 constexpr size_t kMostPooled = 64;  // zeroed buffers kept; more are freed
 
 // Buffers are zeroed here, off the threads that launch kernels; CUPTI would do it on those.
-uint8_t* allocate(size_t bytes) noexcept { return static_cast<uint8_t*>(std::calloc(bytes, 1)); }
+uint8_t* allocate(size_t bytes) noexcept {
+  return static_cast<uint8_t*>(std::calloc(bytes, 1));
+}
 
 }  // namespace
 
 ActivityRecorder::ActivityRecorder(const std::vector<std::string>& candidates, const std::string& library)
     : api_(candidates, library), calls_(api_, names_) {}
 
-ActivityRecorder::~ActivityRecorder() { close(); }
+ActivityRecorder::~ActivityRecorder() {
+  close();
+}
 
 void ActivityRecorder::start(size_t buffer_bytes, bool host_calls) {
   std::lock_guard<std::mutex> control(control_mutex_);
@@ -352,10 +357,8 @@ std::map<std::string, int64_t> ActivityRecorder::statistics() const {
 
 int64_t ActivityRecorder::clock_offset_ns() const {
   uint64_t cupti_ns = 0;
-  timespec now{};
   api_.check(api_.get_timestamp(&cupti_ns), "read its clock");
-  clock_gettime(CLOCK_REALTIME, &now);
-  return static_cast<int64_t>(cupti_ns) - (now.tv_sec * 1'000'000'000ll + now.tv_nsec);
+  return static_cast<int64_t>(cupti_ns) - wall_now_ns();
 }
 
 }  // namespace llmkern

@@ -1,8 +1,8 @@
 // Records the activity of this process through CUPTI: buffers in, columns out.
 //
-// CUPTI's callbacks carry no pointer of ours and may come from any thread, also after a recorder was stopped. They enter
-// through the one recorder that is active; closing it waits until the last of them has left, and a buffer that comes
-// later is freed. So a recorder can be destroyed and leaves nothing behind.
+// CUPTI's callbacks carry no pointer of ours and may come from any thread, also after a recorder was stopped. They
+// enter through the one recorder that is active; closing it waits until the last of them has left, and a buffer that
+// comes later is freed. So a recorder can be destroyed and leaves nothing behind.
 #pragma once
 
 #include <atomic>

@@ -126,8 +126,8 @@ PYBIND11_MODULE(_recorder, m) {
       .def("clock_offset_ns", &ActivityRecorder::clock_offset_ns, py::call_guard<py::gil_scoped_release>());
 
   py::class_<NvmlSampler>(m, "NvmlSampler")
-      .def(py::init([](std::optional<std::string> uuid, std::optional<unsigned> index, std::optional<std::string> library,
-                       double hint) {
+      .def(py::init([](std::optional<std::string> uuid, std::optional<unsigned> index,
+                       std::optional<std::string> library, double hint) {
              return std::make_unique<NvmlSampler>(uuid, index, library.value_or("libnvidia-ml.so.1"), hint);
            }),
            py::kw_only(), py::arg("device_uuid") = py::none(), py::arg("index") = py::none(),

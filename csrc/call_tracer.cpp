@@ -5,7 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
-#include <ctime>
+
+#include "clocks.h"
 
 namespace llmkern {
 namespace {
@@ -21,21 +22,32 @@ thread_local Nesting nesting;
 
 std::atomic<int64_t> recordings{0}, tracers{0};
 
-int64_t now_ns() noexcept {
-  timespec now{};
-  clock_gettime(CLOCK_REALTIME, &now);
-  return now.tv_sec * 1'000'000'000ll + now.tv_nsec;
+size_t index_of(CUpti_CallbackDomain domain) {
+  return domain == CUPTI_CB_DOMAIN_DRIVER_API ? 0 : 1;
 }
-
-size_t index_of(CUpti_CallbackDomain domain) { return domain == CUPTI_CB_DOMAIN_DRIVER_API ? 0 : 1; }
 
 // Whether a host call is one that launches, copies, synchronises or allocates.
 bool is_traced_call(const std::string& call) {
-  static const char* const prefixes[] = {
-      "cudaLaunch", "cudaGraphLaunch", "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize",
-      "cudaStreamWaitEvent", "cudaMemcpy", "cudaMemset", "cudaMalloc", "cudaFree",
-      "cuLaunch", "cuGraphLaunch", "cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize",
-      "cuStreamWaitEvent", "cuMemcpy", "cuMemset", "cuMemAlloc", "cuMemFree"};
+  static const char* const prefixes[] = {"cudaLaunch",
+                                         "cudaGraphLaunch",
+                                         "cudaStreamSynchronize",
+                                         "cudaDeviceSynchronize",
+                                         "cudaEventSynchronize",
+                                         "cudaStreamWaitEvent",
+                                         "cudaMemcpy",
+                                         "cudaMemset",
+                                         "cudaMalloc",
+                                         "cudaFree",
+                                         "cuLaunch",
+                                         "cuGraphLaunch",
+                                         "cuStreamSynchronize",
+                                         "cuCtxSynchronize",
+                                         "cuEventSynchronize",
+                                         "cuStreamWaitEvent",
+                                         "cuMemcpy",
+                                         "cuMemset",
+                                         "cuMemAlloc",
+                                         "cuMemFree"};
   // Code compiled by nvcc 13 launches through __cudaLaunchKernel.
   const std::string name = call.substr(std::min(call.find_first_not_of('_'), call.size()));
   return std::any_of(std::begin(prefixes), std::end(prefixes),
@@ -95,7 +107,7 @@ void CallTracer::on_call(CUpti_CallbackDomain domain, CUpti_CallbackId id, const
 void CallTracer::begin(const CUpti_CallbackData& data) noexcept {
   // A recording may have begun or ended while this thread was inside a call: count from zero in each.
   if (nesting.recording != recording_) nesting = {recording_, 0};
-  if (nesting.depth++ == 0) *data.correlationData = static_cast<uint64_t>(now_ns());
+  if (nesting.depth++ == 0) *data.correlationData = static_cast<uint64_t>(wall_now_ns());
 }
 
 void CallTracer::end(CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUpti_CallbackData& data) {
@@ -104,12 +116,12 @@ void CallTracer::end(CUpti_CallbackDomain domain, CUpti_CallbackId id, const CUp
     ++nested_;
     return;
   }
-  const int64_t end_ns = now_ns();
+  const int64_t end_ns = wall_now_ns();
   const auto& ids = api_names_[index_of(domain)];
   ThreadCalls& own = of_this_thread();
   std::lock_guard<std::mutex> lock(own.mutex);
-  own.calls.push_back({static_cast<int64_t>(*data.correlationData), end_ns, data.correlationId,
-                       id < ids.size() ? ids[id] : -1});
+  own.calls.push_back(
+      {static_cast<int64_t>(*data.correlationData), end_ns, data.correlationId, id < ids.size() ? ids[id] : -1});
 }
 
 CallTracer::ThreadCalls& CallTracer::of_this_thread() {

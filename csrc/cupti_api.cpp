@@ -27,9 +27,9 @@ std::vector<std::string> with_sonames(std::vector<std::string> candidates) {
 }  // namespace
 
 CuptiApi::CuptiApi(const std::vector<std::string>& candidates, const std::string& file)
-    : library(file.empty() ? "libcupti.so" : "",
-              file.empty() ? with_sonames(candidates) : std::vector<std::string>{file},
-              "install the CUPTI of your CUDA version ('pip install nvidia-cuda-cupti'); a CUDA build of torch brings it."),
+    : library(
+          file.empty() ? "libcupti.so" : "", file.empty() ? with_sonames(candidates) : std::vector<std::string>{file},
+          "install the CUPTI of your CUDA version ('pip install nvidia-cuda-cupti'); a CUDA build of torch brings it."),
       get_version(library.need<decltype(get_version)>("cuptiGetVersion")),
       get_result_string(library.need<decltype(get_result_string)>("cuptiGetResultString")),
       get_error_message(library.find<decltype(get_error_message)>("cuptiGetErrorMessage")),
@@ -56,7 +56,8 @@ CuptiApi::CuptiApi(const std::vector<std::string>& candidates, const std::string
 
 std::string CuptiApi::error_name(CUptiResult result) const {
   const char* text = nullptr;
-  if (get_result_string(result, &text) != CUPTI_SUCCESS || text == nullptr) return "CUPTI_ERROR_" + std::to_string(result);
+  if (get_result_string(result, &text) != CUPTI_SUCCESS || text == nullptr)
+    return "CUPTI_ERROR_" + std::to_string(result);
   return text;
 }
 
@@ -66,21 +67,20 @@ void CuptiApi::check(CUptiResult result, const char* what) const {
   std::string sentence = std::string("CUPTI cannot ") + what + " (" + name + ", code " + std::to_string(result) + ")";
   switch (result) {
     case CUPTI_ERROR_MULTIPLE_SUBSCRIBERS_NOT_SUPPORTED:
-      sentence += ": another profiler (Nsight Systems or Compute, torch.profiler, Proton) is attached to this process, "
-                  "and CUPTI serves one at a time; run without it.";
+      sentence +=
+          ": another profiler (Nsight Systems or Compute, torch.profiler, Proton) is attached to this process, "
+          "and CUPTI serves one at a time; run without it.";
       break;
     case CUPTI_ERROR_INSUFFICIENT_PRIVILEGES:
     case CUPTI_ERROR_VIRTUALIZED_DEVICE_INSUFFICIENT_PRIVILEGES:
-      sentence += ": profiling is restricted to administrators here; ask for the driver option "
-                  "NVreg_RestrictProfilingToAdminUsers=0.";
+      sentence +=
+          ": profiling is restricted to administrators here; ask for the driver option "
+          "NVreg_RestrictProfilingToAdminUsers=0.";
       break;
     case CUPTI_ERROR_NOT_INITIALIZED:
     case CUPTI_ERROR_UNKNOWN:
-    case CUPTI_ERROR_INVALID_DEVICE:
-      sentence += ": there is no usable NVIDIA GPU or driver in this process.";
-      break;
-    default:
-      sentence += ": see the CUPTI manual for this code.";
+    case CUPTI_ERROR_INVALID_DEVICE: sentence += ": there is no usable NVIDIA GPU or driver in this process."; break;
+    default: sentence += ": see the CUPTI manual for this code.";
   }
   throw RecorderError(sentence, name, result);
 }

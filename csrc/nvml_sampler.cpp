@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <ctime>
+
+#include "clocks.h"
 
 namespace llmkern {
 namespace {
@@ -21,17 +22,10 @@ constexpr int64_t kPauseNs = 500'000;
 // A tick known less well than this is not used: two reads per 2 s window must stay under half a percent.
 constexpr int64_t kWorstUncertaintyNs = 8 * kMs;
 
-int64_t read_clock(clockid_t clock) {
-  timespec now{};
-  clock_gettime(clock, &now);
-  return now.tv_sec * 1'000'000'000ll + now.tv_nsec;
-}
-
 // This thread goes by the clock that nobody sets; only what it records has the time of day.
-int64_t now_ns() { return read_clock(CLOCK_MONOTONIC); }
-
-// A moment of now_ns() as the time of day.
-int64_t wall_ns(int64_t moment) { return read_clock(CLOCK_REALTIME) - (now_ns() - moment); }
+int64_t now_ns() {
+  return steady_now_ns();
+}
 
 template <typename Call>
 double median_cost_us(Call call) {
@@ -65,8 +59,7 @@ int64_t as_integer(const nvml::FieldValue& f) {
 
 NvmlSampler::NvmlSampler(std::optional<std::string> uuid, std::optional<unsigned> index, const std::string& library,
                          double tick_period_hint_ms)
-    : api_(library),
-      lock_(static_cast<int64_t>(tick_period_hint_ms * kMs)) {
+    : api_(library), lock_(static_cast<int64_t>(tick_period_hint_ms * kMs)) {
   if (uuid) {
     api_.check(api_.by_uuid(uuid->c_str(), &device_), "find the GPU " + *uuid);
   } else {
@@ -78,7 +71,9 @@ NvmlSampler::NvmlSampler(std::optional<std::string> uuid, std::optional<unsigned
   probe();
 }
 
-NvmlSampler::~NvmlSampler() { stop(); }
+NvmlSampler::~NvmlSampler() {
+  stop();
+}
 
 void NvmlSampler::probe() {
   const auto note = [this](const char* source, bool present, auto call) {
@@ -106,7 +101,9 @@ void NvmlSampler::probe() {
   note("throttle", api_.throttle != nullptr, [&] { return api_.throttle(device_, &wide); });
 }
 
-bool NvmlSampler::works(const char* source) const { return !support_.at(source).has_value(); }
+bool NvmlSampler::works(const char* source) const {
+  return !support_.at(source).has_value();
+}
 
 DeviceInfo NvmlSampler::info() const {
   DeviceInfo info;
@@ -170,7 +167,7 @@ void NvmlSampler::start() {
   hunting_ = false;
   last_tick_ns_ = 0;
   last_mj_.reset();
-  last_sample_us_ = static_cast<unsigned long long>(read_clock(CLOCK_REALTIME) / 1000);
+  last_sample_us_ = static_cast<unsigned long long>(wall_now_ns() / 1000);
   thread_ = std::thread(&NvmlSampler::loop, this);
 }
 
@@ -195,7 +192,8 @@ void NvmlSampler::loop() {
     if (now >= fields_at && counter_at - now_ns() > kMs) fields_at = read_fields(now_ns());
     if (now >= samples_at && counter_at - now_ns() > kMs) samples_at = read_samples(now_ns());
     busy_ns_ += now_ns() - now;
-    const int64_t wake = std::min({counter_at, std::max(fields_at, now + kPauseNs), std::max(samples_at, now + kPauseNs)});
+    const int64_t wake =
+        std::min({counter_at, std::max(fields_at, now + kPauseNs), std::max(samples_at, now + kPauseNs)});
     std::unique_lock<std::mutex> lock(mutex_);
     const int64_t rest = wake - now_ns();
     stopping_.wait_for(lock, std::chrono::nanoseconds(std::max<int64_t>(rest, 1)),
@@ -261,7 +259,9 @@ void NvmlSampler::set_tick_interval_s(double seconds) {
   stopping_.notify_all();
 }
 
-void NvmlSampler::set_field_interval_s(double seconds) { field_interval_ns_ = static_cast<int64_t>(seconds * 1e9); }
+void NvmlSampler::set_field_interval_s(double seconds) {
+  field_interval_ns_ = static_cast<int64_t>(seconds * 1e9);
+}
 
 void NvmlSampler::record_tick(int64_t time_ns, int64_t uncertainty_ns, int64_t energy_mj) {
   {

@@ -25,7 +25,8 @@ class RecorderError : public std::runtime_error {
 
 class SharedLibrary {
  public:
-  // Prefers a copy that is already loaded and whose path contains `soname` (empty: none): two CUPTIs in a process fight.
+  // Prefers a copy that is already loaded and whose path contains `soname` (empty: none): two CUPTIs in a process
+  // fight.
   SharedLibrary(const std::string& soname, const std::vector<std::string>& candidates, const std::string& advice) {
     const std::string loaded = soname.empty() ? std::string() : loaded_path(soname);
     if (!loaded.empty()) handle_ = dlopen(loaded.c_str(), RTLD_NOW | RTLD_NOLOAD);

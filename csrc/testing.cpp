@@ -197,8 +197,8 @@ void bind_testing(py::module_& parent) {
   m.def("overhead_records", &overhead_records, py::kw_only(), py::arg("start_ns"), py::arg("end_ns"), py::arg("kind"),
         py::arg("thread") = 1);
   py::class_<BareCupti>(m, "BareCupti", "Kernel records by CUPTI and nothing else, for benches.")
-      .def(py::init<const std::vector<std::string>&, const std::string&>(), py::arg("candidates") = std::vector<std::string>{},
-           py::arg("library") = "")
+      .def(py::init<const std::vector<std::string>&, const std::string&>(),
+           py::arg("candidates") = std::vector<std::string>{}, py::arg("library") = "")
       .def("start", &BareCupti::start)
       .def("stop", &BareCupti::stop, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("bytes", [](const BareCupti&) { return BareCupti::bytes(); });

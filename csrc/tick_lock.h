@@ -8,8 +8,8 @@
 
 namespace llmkern {
 
-// Until the period is known every tick is looked for, and one that was missed (the reading thread was held up) shows as an
-// interval of two: so the period is the shortest interval that comes again, and not the middle one.
+// Until the period is known every tick is looked for, and one that was missed (the reading thread was held up) shows as
+// an interval of two: so the period is the shortest interval that comes again, and not the middle one.
 class TickLock {
  public:
   explicit TickLock(int64_t hint_ns) : period_ns_(hint_ns) {}
