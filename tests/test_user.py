@@ -68,6 +68,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, object], messa
         (("--device", "cuda:x"), ("--device 'cuda:x'",)),
         (("--out", ""), ("--out is empty",)),
         (("--model", ""), ("--model is empty",)),
+        (("--model", "x" * 300), ("no name of a model and no path",)),
     ],
 )
 def test_bad_values_are_one_sentence_before_anything_is_written(
@@ -192,6 +193,24 @@ def test_packages_of_the_host_are_not_renumbered_as_gpus(tmp_path: Path) -> None
     found = RunFolder(writer.path).table("energy").groupby("sensor", observed=True)["device"].unique()
     assert list(found["nvml_total"]) == [3]
     assert list(found[RAPL_COUNTER]) == [0]
+
+
+def test_a_run_is_not_recorded_into_another(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    before = sorted(p.name for p in run.path.iterdir())
+    for out in (run.path / "inside", run.path / "deep" / "inside"):
+        with pytest.raises(UsageError, match="lies inside the run folder"):
+            import_capture(CAPTURE, out, force=True)
+    assert sorted(p.name for p in run.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("to", ["nsys", "perfetto", "parquet", "csv"])
+def test_a_run_of_a_device_that_says_little_is_exported(tmp_path: Path, to: str) -> None:
+    from llmkern.exchange.exporting import export_run
+
+    run, _ = synthetic_run(tmp_path / "run", rounds=3, energy=False)
+    assert run.facts.device.compute_capability is None
+    assert export_run(run.path, to, tmp_path / "out").exists()
 
 
 def test_a_reader_never_writes(tmp_path: Path) -> None:

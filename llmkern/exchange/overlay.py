@@ -102,7 +102,8 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         raise UsageError(f"{run.path} has no kernel in the passes {', '.join(passes)}: nothing was traced.")
     parts = {"kernels": kernels, "gaps": gaps, "launches": launches, "overheads": overheads, "ranges": ranges}
     tables = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    found = Overlay(_title(run.facts), asdict(run.facts.device), _process(launches), **tables, counters=counters)
+    device = {name: value for name, value in asdict(run.facts.device).items() if value is not None}
+    found = Overlay(_title(run.facts), device, _process(launches), **tables, counters=counters)
     return replace(found, counters=[*_powers(run.table("power"), index, found), *counters])
 
 

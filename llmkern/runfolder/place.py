@@ -42,6 +42,9 @@ def check_run_target(target: Path, force: bool, option: str = "--out") -> None:
     """Refuse *target* for a run folder where something is that may not be replaced; raises UsageError."""
     if not target.parts or not target.name:
         raise UsageError(f"{option} '{target}' names no new folder: give the run folder a name.")
+    holder = next((parent for parent in target.resolve().parents if (parent / FACTS).is_file()), None)
+    if holder is not None:
+        raise UsageError(f"{option} {target} lies inside the run folder {holder}: choose a place outside of it.")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir() or target.is_symlink():

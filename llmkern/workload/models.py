@@ -152,8 +152,15 @@ def find_model(name: str) -> ModelSpec:
     for spec in REGISTRY.values():
         if wanted in (spec.name, *spec.aliases, *([spec.hub_id.lower()] if spec.hub_id else [])):
             return spec
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        # A name that no file can have, or a home that nobody has.
+        raise UsageError(
+            f"--model {name[:60]!r} is no name of a model and no path ({first_line(error)}): see 'llmkern models'."
+        ) from error
+    if is_folder:
         if not (folder / "config.json").is_file():
             raise UsageError(
                 f"{folder} has no config.json, so it is not a model folder: give one that save_pretrained wrote."
