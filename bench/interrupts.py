@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from scipy import stats
+
 from bench.result import case, metric, write
 from llmkern.record.pump import PERIOD_S
 from llmkern.runfolder import RunFolder
@@ -85,6 +88,7 @@ def figures(folder: Path) -> tuple[Figures, Bounds]:
 def uninterrupted(folder: Path, count: int, repeats: int) -> tuple[Bounds, float]:
     """Return what *count* whole runs say each figure lies between, and how long one takes in s."""
     together: Bounds = {}
+    without: dict[tuple[str, str], list[float]] = {}
     seconds = 0.0
     for number in range(count):
         out = folder / f"whole-{number}"
@@ -93,10 +97,21 @@ def uninterrupted(folder: Path, count: int, repeats: int) -> tuple[Bounds, float
         seconds = max(seconds, time.monotonic() - begin_s)
         values, bounds = figures(out)
         for key, value in values.items():
-            low, high = bounds.get(key, (value, value))
-            old = together.get(key, (low, high))
-            together[key] = min(old[0], low), max(old[1], high)
-    return together, seconds
+            if key not in bounds:
+                without.setdefault(key, []).append(value)
+                continue
+            old = together.get(key, bounds[key])
+            together[key] = min(old[0], bounds[key][0]), max(old[1], bounds[key][1])
+    return {**together, **{key: _next_one(values) for key, values in without.items()}}, seconds
+
+
+def _next_one(values: list[float]) -> tuple[float, float]:
+    """Return between what the next value lies in 95 % of cases: of figures that are printed without an interval."""
+    mean = float(np.mean(values))
+    if len(values) < 3:
+        return min(values), max(values)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values)))
+    return mean - half, mean + half
 
 
 class _Stages:
@@ -175,7 +190,7 @@ def widened(bounds: Bounds, factor: float) -> Bounds:
 
 def run_all(folder: Path, count: int, seed: int, repeats: int, workers: int, factor: float) -> list[Ended]:
     """End *count* runs, *workers* at a time, and return what came of them; figures may be *factor* off the bounds."""
-    bounds, whole_s = uninterrupted(folder, 2 if workers > 1 else 4, repeats)
+    bounds, whole_s = uninterrupted(folder, 2 if repeats == 1 else 5, repeats)
     chance = random.Random(seed)
     wide = widened(bounds, factor)
 
@@ -186,7 +201,7 @@ def run_all(folder: Path, count: int, seed: int, repeats: int, workers: int, fac
         return interrupted(out, SIGNALS[index % len(SIGNALS)], moment, repeats, wide)
 
     # Others at the same time make a run longer than it was alone.
-    moments = [chance.uniform(1.0, whole_s * (1.0 if workers == 1 else 1.5)) for _ in range(count)]
+    moments = [chance.uniform(1.0, whole_s * (1.0 if repeats > 1 else 1.5)) for _ in range(count)]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, range(count), moments))
 
@@ -196,10 +211,11 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1, help="runs at the same time, where there are cores for it")
     parser.add_argument("--results", type=Path)
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        ended = run_all(Path(folder), chosen.count, chosen.seed, chosen.repeats, 1, 1.0)
+        ended = run_all(Path(folder), chosen.count, chosen.seed, chosen.repeats, chosen.workers, 1.0)
     cases = []
     for number in SIGNALS:
         own = [one for one in ended if one.signal == number.name]

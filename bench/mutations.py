@@ -331,12 +331,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--flips", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="JSON and one other command for each mutant")
     parser.add_argument("--results", type=Path)
     chosen = parser.parse_args()
     cases = []
     with tempfile.TemporaryDirectory() as folder:
         make_bases(Path(folder))
-        found = run_all(Path(folder), chosen.seed, (chosen.count, chosen.flips), chosen.workers, True)
+        found = run_all(Path(folder), chosen.seed, (chosen.count, chosen.flips), chosen.workers, not chosen.quick)
     for name, judged in found.items():
         counts = Counter(one.verdict for one in judged)
         for one in judged:

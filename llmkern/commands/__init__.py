@@ -11,6 +11,7 @@ import click
 
 from llmkern import __version__
 from llmkern.errors import LlmkernError
+from llmkern.record import signals
 
 INTERNAL_ERROR = 70
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -57,8 +58,6 @@ def run(called: click.Command, program: str) -> None:
     # Libraries talk on stdout and stderr while they load; the report should stand alone.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from llmkern.record import signals
-
     try:
         with signals.handled():
             try:
@@ -91,6 +90,7 @@ def run(called: click.Command, program: str) -> None:
 
 def _leave() -> None:
     """Flush what was printed and leave; a reader that has gone in the meantime is no error."""
+    signals.ignored()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -101,6 +101,7 @@ def _leave() -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    signals.ignored()
     click.echo(f"llmkern: {message}", err=True)
     sys.exit(code)
 

@@ -53,6 +53,13 @@ def _handle(number: int, _frame: Any) -> None:
         raise Ended(_came[0])
 
 
+def ignored() -> None:
+    """Let the process end as it has decided to: what comes while the interpreter shuts down changes nothing any more."""
+    if threading.current_thread() is threading.main_thread():
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+
+
 def came() -> signal.Signals | None:
     """Return the signal that came first, None without any."""
     return _came[0] if _came else None
