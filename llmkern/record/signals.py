@@ -54,7 +54,7 @@ def _handle(number: int, _frame: Any) -> None:
 
 
 def ignored() -> None:
-    """Let the process end as it has decided to: what comes while the interpreter shuts down changes nothing any more."""
+    """Let the process end as it has decided to: what comes while the interpreter shuts down changes nothing."""
     if threading.current_thread() is threading.main_thread():
         for number in ENDING:
             signal.signal(number, signal.SIG_IGN)
