@@ -106,11 +106,11 @@ def uninterrupted(folder: Path, count: int, repeats: int) -> tuple[Bounds, float
 
 
 def _next_one(values: list[float]) -> tuple[float, float]:
-    """Return between what the next value lies in 95 % of cases: of figures that are printed without an interval."""
+    """Return between what the next of *values*, which are printed without an interval, lies in 999 of 1,000 cases."""
     mean = float(np.mean(values))
     if len(values) < 3:
         return min(values), max(values)
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values)))
+    half = float(stats.t.ppf(0.9995, len(values) - 1) * np.std(values, ddof=1) * np.sqrt(1 + 1 / len(values)))
     return mean - half, mean + half
 
 

@@ -151,7 +151,7 @@ def _until_next(tokens: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
 
     What runs between two forwards (sampling, stopping criteria) belongs to the token before.
     """
-    if tokens.empty:
+    if tokens.empty or phases.empty:
         return tokens
     start = tokens["start_ns"].to_numpy()
     following = np.append(start[1:], np.iinfo(np.int64).max)

@@ -84,8 +84,6 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         rows = by_start(run.table("kernels", where={"pass": name, "device": index}))
         if rows.empty:
             continue
-        # What another tool did not say of a kernel is its first stream and no call.
-        rows = rows.fillna({"stream": 0, "context": 0, "correlation_id": 0, "graph_id": 0, "graph_node_id": 0})
         calls = read_calls(run, name)
         marks = run.table("ranges", where={"pass": name})
         timeline = build_timeline(rows.assign(row=np.arange(len(rows))), calls, marks, index, name)
@@ -94,7 +92,7 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         own = _kernels(rows, timeline.kernels, op, ops, watts)
         kernels.append(own)
         gaps.append(_gaps(timeline.gaps if caused is None else caused, timeline.kernels, own, attribution))
-        launches.append(run.table("launches", where={"pass": name}).fillna({"thread": 0, "process": 1}))
+        launches.append(run.table("launches", where={"pass": name}))
         overheads.append(run.table("overheads", where={"pass": name}))
         ranges += [_pass_range(name, rows, marks), marks]
         counters += _energies(own, gaps[-1], name)
@@ -162,8 +160,8 @@ def _title(facts: RunFacts) -> str:
 
 
 def _process(launches: list[pd.DataFrame]) -> int:
-    known = pd.concat([frame["process"] for frame in launches]).dropna() if launches else pd.Series(dtype=float)
-    return int(known.iloc[0]) if len(known) else 1
+    known = [int(frame["process"].iloc[0]) for frame in launches if len(frame)]
+    return known[0] or 1 if known else 1
 
 
 def _known(attribution: Attribution, name: str) -> tuple[Identified | None, pd.DataFrame | None]:

@@ -166,6 +166,8 @@ class Rules:
     rising: tuple[str, str, tuple[str, ...]] | None = None
 
 
+# Numbers that tell things apart; 0, which no recorder gives, is what another tool did not say.
+IDS = ("correlation_id", "stream", "thread", "process", "context", "graph_id", "graph_node_id")
 # The year 2116 in nanoseconds: beyond it sums of times overflow.
 LATEST_NS = 2**62
 _TIMES = {"start_ns": 0, "end_ns": 0, "timestamp_ns": 0}

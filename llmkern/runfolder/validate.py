@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmkern.errors import RunFolderError
-from llmkern.runfolder.schema import RULES, TABLES, plain_type
+from llmkern.runfolder.schema import IDS, RULES, TABLES, plain_type
 
 
 def check(name: str, table: pa.Table, file: Path) -> None:
@@ -41,6 +41,8 @@ def conform(name: str, table: pa.Table, file: Path) -> pa.Table:
                     f"{file} holds {column.type} in column {field.name}, which is {plain_type(field.type)} ({reason}): "
                     "it was not written by llmkern; restore it, or trace the run again."
                 ) from error
+        if field.name in IDS and column.null_count:
+            column = pc.fill_null(column, 0)
         columns.append(column)
     return pa.Table.from_arrays(columns, names=table.column_names)
 

@@ -146,7 +146,11 @@ def test_what_cannot_be_read_is_a_sentence(tmp_path: Path, statement: str, said:
         ("report.nsys-rep", b"\x00\x01binary", "nsys export --type sqlite report.nsys-rep"),
         ("cut.sqlite", NSYS.read_bytes()[:5000], "cannot be read as an Nsight Systems export"),
         ("bad.json", b'{"traceEvents": [', "cannot be read as a trace of torch.profiler"),
-        ("cut.json.gz", gzip.compress(b'{"traceEvents": []}')[:12], "cannot be read as a trace of torch.profiler"),
+        (
+            "cut.json.gz",
+            gzip.compress(b'{"traceEvents": []}', mtime=0)[:12],
+            "cannot be read as a trace of torch.profiler",
+        ),
         ("none.json", b'{"traceEvents": []}', "holds no kernel or copy"),
     ],
 )
@@ -208,7 +212,7 @@ def torch_trace() -> dict[str, Any]:
 def test_a_trace_of_torch_profiler_is_read_to_the_nanosecond(tmp_path: Path, name: str) -> None:
     data = json.dumps(torch_trace()).encode()
     path = tmp_path / name
-    path.write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    path.write_bytes(gzip.compress(data, mtime=0) if name.endswith("gz") else data)
     run = import_capture(path, tmp_path / "run")
     kernels = run.table("kernels").sort_values("start_ns")
     assert kernels["start_ns"].iloc[0] == 1_790_000_000_000_000_000 + 5_016_001
@@ -227,7 +231,7 @@ def test_a_torn_file_never_shows_a_traceback(tmp_path: Path) -> None:
     """A hundred files each with bytes changed, or cut: read, or refused in a sentence, and nothing else."""
     rng = np.random.default_rng(5)
     whole = {"t.sqlite": NSYS.read_bytes(), "t.json": json.dumps(torch_trace()).encode()}
-    whole["t.json.gz"] = gzip.compress(whole["t.json"])
+    whole["t.json.gz"] = gzip.compress(whole["t.json"], mtime=0)
     refused = 0
     for number in range(300):
         name = list(whole)[number % 3]
