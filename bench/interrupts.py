@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +189,8 @@ def widened(bounds: Bounds, factor: float) -> Bounds:
     return {key: (low / factor, high * factor) for key, (low, high) in bounds.items()}
 
 
-def run_all(folder: Path, count: int, seed: int, repeats: int, workers: int, factor: float) -> list[Ended]:
-    """End *count* runs, *workers* at a time, and return what came of them; figures may be *factor* off the bounds."""
+def run_all(folder: Path, count: int, seed: int, repeats: int, workers: int, factor: float) -> Iterator[Ended]:
+    """End *count* runs, *workers* at a time, and yield what came of each; figures may be *factor* off the bounds."""
     bounds, whole_s = uninterrupted(folder, 2 if repeats == 1 else 5, repeats)
     chance = random.Random(seed)
     wide = widened(bounds, factor)
@@ -203,7 +204,7 @@ def run_all(folder: Path, count: int, seed: int, repeats: int, workers: int, fac
     # Others at the same time make a run longer than it was alone.
     moments = [chance.uniform(1.0, whole_s * (1.0 if repeats > 1 else 1.5)) for _ in range(count)]
     with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(one, range(count), moments))
+        yield from pool.map(one, range(count), moments)
 
 
 def main() -> None:
@@ -214,14 +215,22 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at the same time, where there are cores for it")
     parser.add_argument("--results", type=Path)
     chosen = parser.parse_args()
+    ended = []
     with tempfile.TemporaryDirectory() as folder:
-        ended = run_all(Path(folder), chosen.count, chosen.seed, chosen.repeats, chosen.workers, 1.0)
+        for one in run_all(Path(folder), chosen.count, chosen.seed, chosen.repeats, chosen.workers, 1.0):
+            print(one, flush=True)
+            ended.append(one)
+            # Rewritten after every run: a session that ends early keeps what it measured.
+            written = write("interrupts", judged(ended, chosen.seed), chosen.results)
+    print(written)
+
+
+def judged(ended: list[Ended], seed: int) -> list[dict[str, Any]]:
+    """Return a case per signal."""
     cases = []
     for number in SIGNALS:
         own = [one for one in ended if one.signal == number.name]
         wrong = [one for one in own if one.wrong]
-        for one in own:
-            print(one, flush=True)
         lost = [one.lost_s for one in own if one.lost_s is not None]
         metrics: dict[str, Any] = {
             "runs": metric(len(own), "1"),
@@ -229,9 +238,9 @@ def main() -> None:
             "figures_printed": metric(sum(one.figures for one in own), "1"),
             "most_lost": metric(max(lost, default=0.0), "s"),
         }
-        parameters = {"seed": chosen.seed, "stages": sorted({one.stage for one in own}), "pump_s": PERIOD_S}
+        parameters = {"seed": seed, "stages": sorted({one.stage for one in own}), "pump_s": PERIOD_S}
         cases.append(case(number.name, parameters, metrics, not wrong, "; ".join(one.wrong for one in wrong)[:500]))
-    print(write("interrupts", cases, chosen.results))
+    return cases
 
 
 if __name__ == "__main__":

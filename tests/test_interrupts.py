@@ -30,7 +30,7 @@ from tests.synthetic import Builder, Truth, synthetic_run
 
 def test_runs_that_are_ended_at_random_moments(tmp_path: Path) -> None:
     """L1, L8, R1: older runs deleted, status "recording" for ever, 7.41 ms/token printed where it was 32."""
-    ended = run_all(tmp_path, 12, 7, repeats=1, workers=2, factor=4.0)
+    ended = list(run_all(tmp_path, 12, 7, repeats=1, workers=2, factor=4.0))
     assert [one for one in ended if one.wrong and "lost" not in one.wrong] == []
     assert {one.signal for one in ended} == {"SIGINT", "SIGTERM", "SIGHUP", "SIGKILL"}
 
