@@ -29,7 +29,8 @@ def measured_on(document: dict[str, Any]) -> str:
     where = document["environment"]
     libraries = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers", "bitsandbytes") if where.get(k))
     driver = f", driver {where['driver']}" if where.get("driver") else f" ({where['host_cpu']})"
-    return f"*{where['gpu']}{driver}; {libraries}; {document['date']}: `{document['command']}`*"
+    when = f"{document['date']}, code of commit {document['commit']}"
+    return f"*{where['gpu']}{driver}; {libraries}; {when}: `{document['command']}`*"
 
 
 def interval(entry: dict[str, Any], factor: float, places: int) -> str:
