@@ -1,0 +1,123 @@
+"""Compiles the CUDA C++ kernels at run time with NVRTC, through CuPy, for the GPU that is there."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+FORMATS = ("int8", "nf4", "int4")
+_INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
+
+
+CHUNK = {"int8": 64, "nf4": 128, "int4": 128}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build of ``linear.cuh``: what is computed, and how it is cut up.
+
+    A block has *wn* x *wk* warps. Each has 16 x *mt* rows, 8 x *nt* tokens and *depth* chunks of weights in flight; *wn* of
+    them stand beside one another, *wk* take turns along K, as do the *splits* blocks (1, 2, 4, 8) of a cluster (compute
+    capability 9.0 and up). A thread holds *ahead* (1 or 2) parts of x. Registers are limited so that *blocks* of them fit a
+    multiprocessor. With *evict_first* weights leave L2 before all else; with *pdl* they are asked for before the preceding
+    kernel of the stream has ended, which must therefore not have written them. *packed* weights are tiles (pack.py); a
+    group has 2^*shift* weights; *tail* says that K is no multiple of a chunk.
+    """
+
+    format: str
+    bf16: bool = True
+    mt: int = 1
+    nt: int = 1
+    wn: int = 1
+    wk: int = 8
+    depth: int = 4
+    ahead: int = 2
+    splits: int = 1
+    blocks: int = 2
+    evict_first: bool = False
+    pdl: bool = False
+    packed: bool = False
+    nested: bool = False
+    tail: bool = False
+    shift: int = 6
+
+    @property
+    def rows(self) -> int:
+        """Rows of a block."""
+        return 16 * self.mt * self.wn
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block."""
+        return 8 * self.nt
+
+    @property
+    def warps(self) -> int:
+        return self.wn * self.wk
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, as ``linear.cuh`` lays it out."""
+        table = 256 * 32 * 4 + 256 * 4 * self.nested if self.format == "nf4" else 0
+        sums = self.warps * 16 * (self.tokens + 1) * 4
+        of_block = self.rows * self.tokens * 4 if self.splits > 1 else 0
+        return max(table, sums + of_block)
+
+    def macros(self) -> dict[str, int]:
+        """Return the macros that ``linear.cuh`` is compiled with."""
+        return {
+            "T_BF16": int(self.bf16),
+            "MT": self.mt,
+            "NT": self.nt,
+            "WN": self.wn,
+            "WK": self.wk,
+            "DEPTH": self.depth,
+            "AHEAD": self.ahead,
+            "EVICT_FIRST": int(self.evict_first),
+            "SPLITS": self.splits,
+            "BLOCKS": self.blocks,
+            "PDL": int(self.pdl),
+            "PACKED": int(self.packed),
+            "NESTED": int(self.nested),
+            "TAIL": int(self.tail),
+            "SHIFT": self.shift,
+        }
+
+    def options(self) -> tuple[str, ...]:
+        return ("-std=c++17", "-default-device", *(f"-D{name}={value}" for name, value in self.macros().items()))
+
+
+@functools.cache
+def source(format: str) -> str:
+    """Return the CUDA C++ of *format* in one piece, so that a compiler's cache sees every change of it."""
+    text = (FOLDER / "linear.cuh").read_text()
+    text = text.replace("#include FORMAT", f'#include "{format}_linear/cuda.cu"')
+    while match := _INCLUDE.search(text):
+        text = text[: match.start()] + (FOLDER / match[1]).read_text() + text[match.end() :]
+    return text
+
+
+_lock = threading.Lock()
+_modules: dict[tuple[Build, int], Any] = {}
+
+
+def compiled(build: Build, device: int) -> Any:
+    """Return the CuPy module of *build* on CUDA device *device*; compiles it at the first call.
+
+    Raises ImportError where CuPy is not installed.
+    """
+    key = (build, device)
+    if key not in _modules:
+        import cupy
+
+        with cupy.cuda.Device(device):
+            module = cupy.RawModule(code=source(build.format), options=build.options())
+            module.compile()
+        with _lock:
+            _modules.setdefault(key, module)
+    return _modules[key]

@@ -1,0 +1,99 @@
+"""Launches the CUDA kernels on PyTorch's current stream, with the attributes that CuPy cannot give (clusters, PDL)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from llmkern.kernels.build import Build, compiled
+
+WARPS_OF_ANY = 8
+
+
+class Int8Weights(ctypes.Structure):
+    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
+
+
+class Int4Weights(ctypes.Structure):
+    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
+
+
+class Nf4Weights(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("code", ctypes.c_void_p),
+        ("absmax", ctypes.c_void_p),
+        ("bytes", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+    )
+
+
+def launch(
+    build: Build, weights: ctypes.Structure, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """Fill y [M, N] from x [M, K] with the kernel of *build*; *weights* holds device pointers, bias is [N] or None.
+
+    Nothing is synchronized. Raises RuntimeError with the driver's reason where a launch is refused.
+    """
+    (m, k), n = x.shape, y.shape[1]
+    if build.packed or fits(build, n, k, x.data_ptr() | (weights.codes or 0)):
+        grid = (-(-n // build.rows), build.splits, -(-m // build.tokens))
+        function = _function(build, x.device.index, "linear")
+        config = _config(grid, build.warps, build.splits, build.pdl, build.shared_bytes)
+    else:
+        function = _function(build, x.device.index, "linear_any")
+        config = _config((-(-n // build.warps), m, 1), build.warps, 1, build.pdl, 0)
+    pointers = (x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
+    values = [weights, *map(ctypes.c_void_p, pointers), *map(ctypes.c_int, (m, n, k))]
+    arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+    driver = _driver()
+    config.hStream = torch.cuda.current_stream(x.device).cuda_stream
+    (error,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the launch of {build} for M={m}, N={n}, K={k} was refused: {error.name}")
+
+
+def fits(build: Build, n: int, k: int, addresses: int) -> bool:
+    """Whether rows of *k* weights can be loaded 16 bytes at a time; *addresses* are those of x and the weights, or-ed."""
+    return n >= build.rows and k % (16 if build.format == "int8" else 64) == 0 and addresses % 16 == 0
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+@functools.cache
+def _function(build: Build, device: int, name: str) -> Any:
+    kernel = compiled(build, device).get_function(name)
+    if name == "linear" and build.shared_bytes > 48 * 1024:
+        kernel.max_dynamic_shared_size_bytes = build.shared_bytes
+    return _driver().CUfunction(kernel.kernel.ptr)
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(grid: tuple[int, int, int], warps: int, splits: int, pdl: bool, shared_bytes: int) -> Any:
+    driver = _driver()
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = 32 * warps, 1, 1
+    config.sharedMemBytes = shared_bytes
+    attributes = []
+    if splits > 1:
+        cluster = driver.CUlaunchAttribute()
+        cluster.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        cluster.value.clusterDim.x, cluster.value.clusterDim.y, cluster.value.clusterDim.z = 1, splits, 1
+        attributes.append(cluster)
+    if pdl:
+        early = driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        attributes.append(early)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
