@@ -43,3 +43,25 @@ def packed_scales(scales: torch.Tensor, n: int, k: int) -> torch.Tensor:
     scales = scales.view(n, -1)
     by_64 = scales.repeat_interleave(k // 64 // scales.shape[1], dim=1)
     return by_64.view(n // 16, 2, 8, k // 128, 2).permute(0, 3, 2, 1, 4).contiguous()
+
+
+def unpacked_int8(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Return what packed_int8 made its tiles of, [N, K]."""
+    return tiles.view(n // 16, k // 64, 2, 8, 4, 16).permute(0, 2, 3, 1, 4, 5).reshape(n, k)
+
+
+def unpacked_codes(tiles: torch.Tensor, n: int, k: int, interleaved: bool) -> torch.Tensor:
+    """Return what packed_codes made its tiles of, [N, K / 2]."""
+    if interleaved:
+        mixed = tiles.view(-1, 4)
+        low, high = mixed[:, :2], mixed[:, 2:]
+        even = torch.stack((low & 15, low >> 4), dim=2).view(-1, 4)
+        odd = torch.stack((high & 15, high >> 4), dim=2).view(-1, 4)
+        tiles = even | odd << 4
+    return tiles.view(n // 16, k // 128, 2, 8, 4, 2, 8).permute(0, 2, 3, 1, 5, 4, 6).reshape(n, k // 2)
+
+
+def unpacked_scales(packed: torch.Tensor, n: int, k: int, group: int) -> torch.Tensor:
+    """Return what packed_scales was given, [N, K / group]."""
+    by_64 = packed.view(n // 16, k // 128, 8, 2, 2).permute(0, 3, 2, 1, 4).reshape(n, k // 64)
+    return by_64[:, :: group // 64].contiguous()

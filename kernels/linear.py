@@ -1,0 +1,63 @@
+"""y = x · Wᵀ + bias over quantized weights, by whichever version the registry chooses or the caller names."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from llmkern.kernels import registry
+from llmkern.kernels.formats import Weight
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def linear(
+    weight: Weight,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    choice: registry.Choice | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Return x [..., K] · Wᵀ + bias [N] as [..., N] in x's dtype (bf16 or fp16; on the CPU also fp32).
+
+    Nothing waits for the device. *pdl* lets the kernel read weights while its predecessor still runs: only for weights
+    that no kernel just before has written. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    check(weight, x, bias)
+    rows = x.reshape(-1, weight.k)
+    rows = rows if rows.is_contiguous() else rows.contiguous()
+    choice = choice or registry.choose(weight, rows.shape[0], x.device)
+    y = torch.empty((rows.shape[0], weight.n), dtype=x.dtype, device=x.device)
+    if rows.shape[0] == 0:
+        pass
+    elif choice.backend == "cuda":
+        from llmkern.kernels.launch import launch
+
+        launch(choice.build(weight, x.dtype, weight.k, pdl), weight.struct(), rows, bias, y)
+    elif choice.backend == "triton":
+        importlib.import_module(f"llmkern.kernels.{weight.format}_linear.triton").run(weight, rows, bias, y)
+    else:
+        y = torch.nn.functional.linear(rows, weight.dequantized().to(x.dtype), bias)
+    return y.view(*x.shape[:-1], weight.n)
+
+
+def check(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Refuse arguments of linear() that do not fit together. Raises ValueError."""
+    name = f"{weight.format}_linear"
+    if x.dim() == 0 or x.shape[-1] != weight.k:
+        raise ValueError(
+            f"{name}: x is {tuple(x.shape)}, but the weights have K = {weight.k}: its last size must be that."
+        )
+    if x.dtype not in DTYPES and x.device.type == "cuda":
+        raise ValueError(f"{name}: x is {x.dtype}, but the kernels take bfloat16 and float16: convert it.")
+    if bias is not None and (bias.shape != (weight.n,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(
+            f"{name}: bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}, "
+            f"but must be ({weight.n},) {x.dtype} on {x.device}."
+        )
+    for which, tensor in weight.tensors().items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: {which} is on {tensor.device}, x on {x.device}: move one of them.")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: {which} is not contiguous: give {which}.contiguous().")
