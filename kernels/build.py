@@ -21,12 +21,12 @@ CHUNK = {"int8": 64, "nf4": 128, "int4": 128}
 class Build:
     """One build of ``linear.cuh``: what is computed, and how it is cut up.
 
-    A block has *wn* x *wk* warps. Each has 16 x *mt* rows, 8 x *nt* tokens and *depth* chunks of weights in flight; *wn* of
-    them stand beside one another, *wk* take turns along K, as do the *splits* blocks (1, 2, 4, 8) of a cluster (compute
-    capability 9.0 and up). A thread holds *ahead* (1 or 2) parts of x. Registers are limited so that *blocks* of them fit a
-    multiprocessor. With *evict_first* weights leave L2 before all else; with *pdl* they are asked for before the preceding
-    kernel of the stream has ended, which must therefore not have written them. *packed* weights are tiles (pack.py); a
-    group has 2^*shift* weights; *tail* says that K is no multiple of a chunk.
+    A block has *wn* x *wk* warps. Each has 16 x *mt* rows, 8 x *nt* tokens and *depth* chunks of weights in flight;
+    *wn* of them stand beside one another, *wk* take turns along K, as do the *splits* blocks (1, 2, 4, 8) of a
+    cluster (compute capability 9.0 and up). A thread holds *ahead* (1 or 2) parts of x. Registers are limited so
+    that *blocks* of them fit a multiprocessor. With *evict_first* weights leave L2 before all else; with *pdl* they
+    are asked for before the preceding kernel of the stream has ended, which must therefore not have written them.
+    *packed* weights are tiles (pack.py); a group has 2^*shift* weights; *tail* says that K is no multiple of a chunk.
     """
 
     format: str

@@ -44,11 +44,13 @@ class Weight:
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         """Return this weight with *move* applied to each stored tensor (to another device, say, or a copy)."""
-        return replace(self, **{name: move(tensor) for name, tensor in self.tensors().items()})
+        changed: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **changed)
 
     def moved_to(self, tensors: dict[str, torch.Tensor]) -> Self:
         """Return this weight with those of its tensors that *tensors* names taken from there."""
-        return replace(self, **{name: tensors[name] for name in self.tensors() if name in tensors})
+        changed: dict[str, Any] = {name: tensors[name] for name in self.tensors() if name in tensors}
+        return replace(self, **changed)
 
     @property
     def code_bytes(self) -> int:
@@ -151,7 +153,9 @@ class Int4Weight(Weight):
 
     @classmethod
     def quantize(cls, weight: torch.Tensor, group: int, dtype: torch.dtype = torch.bfloat16) -> Int4Weight:
-        """Return *weight* [N, K] rounded to int4 by the largest magnitude of each group. Raises ValueError if K % group."""
+        """Return *weight* [N, K] rounded to int4 by the largest magnitude of each group. Raises ValueError if K %
+        group.
+        """
         n, k = weight.shape
         if k % group:
             raise ValueError(f"K = {k} does not divide into groups of {group}: choose a group that divides K.")
@@ -243,7 +247,7 @@ class Nf4Weight(Weight):
             raise ValueError(f"blocks of {self.blocksize} do not divide rows of {self.k}: use the matrix as it is.")
         codes = pack.packed_codes(self.codes.view(-1), self.n, self.k, interleave=False)
         scales = pack.packed_scales(self.block_scales(), self.n, self.k)
-        nothing = dict.fromkeys(("nested_bytes", "nested_table", "nested_offset"))
+        nothing: dict[str, Any] = dict.fromkeys(("nested_bytes", "nested_table", "nested_offset"))
         return replace(self, codes=codes, absmax=scales, packed=True, **nothing)
 
     def struct(self) -> ctypes.Structure:

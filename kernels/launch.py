@@ -58,7 +58,9 @@ def launch(
 
 
 def fits(build: Build, n: int, k: int, addresses: int) -> bool:
-    """Whether rows of *k* weights can be loaded 16 bytes at a time; *addresses* are those of x and the weights, or-ed."""
+    """Whether rows of *k* weights can be loaded 16 bytes at a time; *addresses* are those of x and the weights,
+    or-ed.
+    """
     return n >= build.rows and k % (16 if build.format == "int8" else 64) == 0 and addresses % 16 == 0
 
 

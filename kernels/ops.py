@@ -1,6 +1,7 @@
 """torch.library operators of the kernels: ``torch.ops.llmkern.int8_linear``, ``.nf4_linear`` and ``.int4_linear``.
 
-They have fake implementations, so torch.compile traces through them, and synchronize nothing, so CUDA graphs capture them.
+They have fake implementations, so torch.compile traces through them, and synchronize nothing, so CUDA graphs
+capture them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from llmkern.kernels.linear import linear
 
 _library = torch.library.Library("llmkern", "DEF")
 _library.define(
-    "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, *, bool packed=False, bool pdl=False) -> Tensor"
+    "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, *, bool packed=False, bool pdl=False) -> "
+    "Tensor"
 )
 _library.define(
     "int4_linear(Tensor x, Tensor codes, Tensor scales, int out_features, int group, Tensor? bias=None, *, "
     "bool packed=False, bool pdl=False) -> Tensor"
 )
 _library.define(
-    "nf4_linear(Tensor x, Tensor codes, Tensor code, Tensor absmax, int out_features, int blocksize, Tensor? bias=None, *, "
+    "nf4_linear(Tensor x, Tensor codes, Tensor code, Tensor absmax, int out_features, int blocksize, Tensor? "
+    "bias=None, *, "
     "Tensor? nested_bytes=None, Tensor? nested_table=None, Tensor? nested_offset=None, bool packed=False, "
     "bool pdl=False) -> Tensor"
 )

@@ -1,7 +1,7 @@
 """Optional repacking: a warp's loads of 16 rows and one chunk side by side, so that a kilobyte is read in one piece.
 
-The bytes stay as many. Rows are cut into tiles of 16, and K into chunks of 64 (int8) or 128 (four bits); lane 4 g + t of
-a warp finds its 16 bytes of row g, then those of row g + 8.
+The bytes stay as many. Rows are cut into tiles of 16, and K into chunks of 64 (int8) or 128 (four bits); lane 4 g +
+t of a warp finds its 16 bytes of row g, then those of row g + 8.
 """
 
 from __future__ import annotations

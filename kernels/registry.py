@@ -27,7 +27,9 @@ BACKENDS = ("cuda", "triton", "reference")
 
 @dataclass(frozen=True)
 class Choice:
-    """What computes a layer: *backend* "cuda" with its *tuning*, "triton" or "reference" (dequantize, then multiply)."""
+    """What computes a layer: *backend* "cuda" with its *tuning*, "triton" or "reference" (dequantize, then
+    multiply).
+    """
 
     backend: str
     tuning: tuple[tuple[str, int], ...] = ()
@@ -35,13 +37,14 @@ class Choice:
     def build(self, weight: Weight, dtype: torch.dtype, k: int, pdl: bool) -> Build:
         """Return the build of this choice for *weight* and activations of *dtype*."""
         chunk = 64 if weight.format == "int8" else 128
+        tuning: dict[str, Any] = {n: bool(value) if n == "evict_first" else value for n, value in self.tuning}
         return Build(
             format=weight.format,
             bf16=dtype == torch.bfloat16,
             pdl=pdl,
             tail=k % chunk != 0,
             **weight.facts(),
-            **{name: bool(value) if name == "evict_first" else value for name, value in self.tuning},
+            **tuning,
         )
 
 
@@ -134,7 +137,9 @@ def _chosen(layer: Layer, device: int) -> Choice:
 
 
 def fitting(tuning: tuple[tuple[str, int], ...], n: int, capability: tuple[int, int]) -> tuple[tuple[str, int], ...]:
-    """Return *tuning* for a layer of *n* rows on a GPU of *capability*: clusters came with 9.0, a block's rows must fit."""
+    """Return *tuning* for a layer of *n* rows on a GPU of *capability*: clusters came with 9.0, a block's rows must
+    fit.
+    """
     values = dict(tuning)
     if capability < (9, 0):
         values["splits"] = 1

@@ -43,7 +43,9 @@ def _int8_linear(
 
 
 def run(weight: Int8Weight, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, **options: Any) -> None:
-    """Fill y [M, N] from x [M, K] (bf16 or fp16) and *weight* in rows; *options* go to the launch (BN, BK, num_warps)."""
+    """Fill y [M, N] from x [M, K] (bf16 or fp16) and *weight* in rows; *options* go to the launch (BN, BK,
+    num_warps).
+    """
     m, k = x.shape
     block = {"BM": 16 if m <= 16 else 32 if m <= 32 else 64, "BN": 32, "BK": 128, "num_warps": 4, **options}
     grid = (triton.cdiv(weight.n, block["BN"]), triton.cdiv(m, block["BM"]))

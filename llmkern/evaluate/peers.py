@@ -1,0 +1,158 @@
+"""What a candidate is held against: our kernels, cuBLAS bf16, bitsandbytes, PyTorch's tinygemm and GemLite."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from llmkern.errors import UsageError
+from llmkern.evaluate.candidate import Candidate
+from llmkern.kernels import pack
+from llmkern.kernels.formats import Weight
+from llmkern.kernels.linear import linear
+from llmkern.kernels.registry import Choice
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def available(format: str) -> list[str]:
+    """Return the specs of the peers for *format* that this machine can run, ours first."""
+    specs = ["llmkern:cuda", "llmkern:cuda-packed"]
+    specs += ["llmkern:triton"] if _installed("triton") else []
+    specs.append("peer:cublas")
+    if format in ("int8", "nf4") and _installed("bitsandbytes"):
+        specs.append("peer:bitsandbytes")
+    if format == "int4":
+        specs.append("peer:tinygemm")
+    if format in ("int8", "int4") and _installed("gemlite"):
+        specs.append("peer:gemlite")
+    return specs
+
+
+def peer(spec: str) -> Candidate:
+    """Return the peer called *spec*. Raises UsageError for a name that is none."""
+    made = {
+        "llmkern:cuda": _ours,
+        "llmkern:cuda-packed": _packed,
+        "llmkern:triton": _triton,
+        "peer:cublas": _cublas,
+        "peer:bitsandbytes": _bitsandbytes,
+        "peer:tinygemm": _tinygemm,
+        "peer:gemlite": _gemlite,
+    }.get(spec)
+    if made is None:
+        raise UsageError(f"there is no peer {spec!r}: it is one of llmkern:cuda, llmkern:triton, peer:cublas, ….")
+    return made()
+
+
+def _ours() -> Candidate:
+    def call(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(weight, x, bias, pdl=x.device.type == "cuda")
+
+    return Candidate("llmkern", call)
+
+
+def _packed() -> Candidate:
+    def prepare(weight: Weight) -> Weight:
+        return weight.to_packed() if pack.can_pack(weight.format, weight.n, weight.k) else weight
+
+    return Candidate("llmkern packed", _ours().call, prepare)
+
+
+def _triton() -> Candidate:
+    def call(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(weight, x, bias, choice=Choice("triton"))
+
+    return Candidate("llmkern Triton", call)
+
+
+def _cublas() -> Candidate:
+    """The dequantized matrix in x's type through torch.nn.functional.linear: 2 bytes per weight."""
+
+    def call(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight.to(x.dtype) if weight.dtype != x.dtype else weight, bias)
+
+    return Candidate("cuBLAS bf16", call, lambda weight: weight.dequantized().to(torch.bfloat16))
+
+
+def _bitsandbytes() -> Candidate:
+    import bitsandbytes as bnb
+
+    def prepare(weight: Any) -> Any:
+        if weight.format == "int8":
+            state = bnb.MatmulLtState()
+            state.CB, state.SCB, state.has_fp16_weights, state.threshold = weight.codes, weight.scales, False, 6.0
+            return state
+        inner = bnb.functional.QuantState(
+            absmax=weight.block_scales(),
+            shape=torch.Size((weight.n, weight.k)),
+            code=weight.code,
+            blocksize=weight.blocksize,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+        )
+        return weight.codes.view(-1, 1), inner
+
+    def call(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(weight, tuple):
+            codes, state = weight
+            state.dtype = x.dtype
+            y: torch.Tensor = bnb.matmul_4bit(x, codes.t(), quant_state=state, bias=bias)
+        else:
+            y = bnb.matmul(x, weight.CB, bias=bias, state=weight)
+        return y.to(x.dtype)
+
+    return Candidate("bitsandbytes", call, prepare, ("int8", "nf4"))
+
+
+def _tinygemm() -> Candidate:
+    """PyTorch's int4 kernel over the same codes: its zero point is 8, as ours is."""
+
+    def prepare(weight: Any) -> Any:
+        low, high = weight.codes & 15, weight.codes >> 4
+        # It wants the even weight in the high nibble.
+        packed = torch.ops.aten._convert_weight_to_int4pack((low << 4 | high).contiguous(), 8)
+        scales = weight.scales.to(torch.bfloat16).t().contiguous()
+        return packed, torch.stack((scales, torch.zeros_like(scales)), dim=-1).contiguous(), weight.group
+
+    def call(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        packed, scales, group = weight
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm(x, packed, group, scales)
+        return y if bias is None else y + bias
+
+    return Candidate("tinygemm", call, prepare, ("int4",))
+
+
+def _gemlite() -> Candidate:
+    from gemlite.core import DType, GemLiteLinearTriton
+
+    def prepare(weight: Any) -> Any:
+        bits = 8 if weight.format == "int8" else 4
+        group = weight.k if bits == 8 else weight.group
+        layer = GemLiteLinearTriton(
+            bits,
+            group_size=group,
+            in_features=weight.k,
+            out_features=weight.n,
+            input_dtype=DType.BF16,
+            output_dtype=DType.BF16,
+        )
+        if bits == 8:
+            codes = (weight.codes.to(torch.int32) + 128).to(torch.uint8)
+            scales, zero = (weight.scales / 127).view(-1, 1).to(torch.bfloat16), 128
+        else:
+            codes = torch.stack((weight.codes & 15, weight.codes >> 4), dim=-1).view(weight.n, weight.k)
+            scales, zero = weight.scales.view(-1, 1).to(torch.bfloat16), 8
+        zeros = torch.full_like(scales, zero)
+        layer.pack(codes, scales, zeros, bias=None)
+        return layer
+
+    def call(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = weight(x)
+        return y if bias is None else y + bias
+
+    return Candidate("GemLite", call, prepare, ("int8", "int4"))
