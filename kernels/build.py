@@ -121,3 +121,9 @@ def compiled(build: Build, device: int) -> Any:
         with _lock:
             _modules.setdefault(key, module)
     return _modules[key]
+
+
+def spilled_bytes() -> int | None:
+    """Return the most bytes per thread that any build of this process spilled, None before the first."""
+    kernels = [module.get_function("linear") for module in list(_modules.values())]
+    return max((int(kernel.local_size_bytes) for kernel in kernels), default=None)

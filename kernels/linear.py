@@ -7,7 +7,7 @@ import importlib
 import torch
 
 from llmkern.kernels import registry
-from llmkern.kernels.formats import Weight
+from llmkern.kernels.formats import Int4Weight, Weight
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -34,7 +34,7 @@ def linear(
     elif choice.backend == "cuda":
         from llmkern.kernels.launch import launch
 
-        launch(choice.build(weight, x.dtype, weight.k, pdl), weight.struct(), rows, bias, y)
+        launch(choice.build(weight, x.dtype, pdl), weight.struct(), rows, bias, y)
     elif choice.backend == "triton":
         importlib.import_module(f"llmkern.kernels.{weight.format}_linear.triton").run(weight, rows, bias, y)
     else:
@@ -56,6 +56,8 @@ def check(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> None:
             f"{name}: bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}, "
             f"but must be ({weight.n},) {x.dtype} on {x.device}."
         )
+    if isinstance(weight, Int4Weight) and weight.scales.dtype != x.dtype:
+        raise ValueError(f"{name}: scales are {weight.scales.dtype}, x is {x.dtype}: convert one of them.")
     for which, tensor in weight.tensors().items():
         if tensor.device != x.device:
             raise ValueError(f"{name}: {which} is on {tensor.device}, x on {x.device}: move one of them.")

@@ -34,18 +34,16 @@ class Choice:
     backend: str
     tuning: tuple[tuple[str, int], ...] = ()
 
-    def build(self, weight: Weight, dtype: torch.dtype, k: int, pdl: bool) -> Build:
+    def build(self, weight: Weight, dtype: torch.dtype, pdl: bool) -> Build:
         """Return the build of this choice for *weight* and activations of *dtype*."""
-        chunk = 64 if weight.format == "int8" else 128
+        layer = Layer(weight.format, weight.packed, weight.n, weight.k, 0)
+        return self.build_of(layer, weight.facts(), dtype, pdl)
+
+    def build_of(self, layer: Layer, facts: dict[str, Any], dtype: torch.dtype, pdl: bool) -> Build:
+        """Return the build for *layer* whose weights say *facts* of themselves."""
         tuning: dict[str, Any] = {n: bool(value) if n == "evict_first" else value for n, value in self.tuning}
-        return Build(
-            format=weight.format,
-            bf16=dtype == torch.bfloat16,
-            pdl=pdl,
-            tail=k % chunk != 0,
-            **weight.facts(),
-            **tuning,
-        )
+        tail = layer.k % (64 if layer.format == "int8" else 128) != 0
+        return Build(format=layer.format, bf16=dtype == torch.bfloat16, pdl=pdl, tail=tail, **facts, **tuning)
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,8 @@ def _installed(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _chosen(layer: Layer, device: int) -> Choice:
+def chosen(layer: Layer, device: int) -> Choice:
+    """Return what the table of CUDA device number *device* chooses for *layer*, made to fit both."""
     choice = nearest(table_of(torch.cuda.get_device_name(device)), layer) or Choice("reference")
     if choice.backend == "cuda":
         choice = replace(choice, tuning=fitting(choice.tuning, layer.n, torch.cuda.get_device_capability(device)))
@@ -152,7 +151,7 @@ def choose(weight: Weight, m: int, device: torch.device) -> Choice:
     """Return what computes *m* tokens of *weight* on *device*."""
     if device.type != "cuda":
         return Choice("reference")
-    choice = _chosen(Layer(weight.format, weight.packed, weight.n, weight.k, m), device.index or 0)
+    choice = chosen(Layer(weight.format, weight.packed, weight.n, weight.k, m), device.index or 0)
     if choice.backend == "cuda" and not have_cuda_kernels():
         return Choice("triton" if have_triton() and not weight.packed else "reference")
     return choice

@@ -17,8 +17,8 @@ from llmkern.evaluate.job import Energy
 from llmkern.evaluate.timing import Turns
 from llmkern.record.device.interface import Device, EnergyMeter
 
-WINDOW_S = 1.5
-REST_S = 2.0
+WINDOW_S = 1.2
+REST_S = 1.3
 ROUNDS = 3
 # A burst of this length, then a rest: the mean power of a decode step rather than that of a furnace.
 _BURST_S = 0.002
@@ -26,7 +26,9 @@ DUTY = 0.8
 
 
 @dataclass
-class _Span:
+class Span:
+    """A stretch of work or rest; *calls* were made in it."""
+
     start_ns: int
     end_ns: int
     calls: int = 0
@@ -38,7 +40,7 @@ class Scale:
 
     device: Device
     meter: EnergyMeter
-    rests: list[_Span] = field(default_factory=list)
+    rests: list[Span] = field(default_factory=list)
     ticks: list[pd.DataFrame] = field(default_factory=list)
     power: list[pd.DataFrame] = field(default_factory=list)
 
@@ -47,10 +49,10 @@ class Scale:
         self.device.synchronize()
         begin = time.time_ns()
         time.sleep(REST_S)
-        self.rests.append(_Span(begin, time.time_ns()))
+        self.rests.append(Span(begin, time.time_ns()))
         self._drain()
 
-    def weigh(self, turns: Turns, us_of_call: float) -> list[_Span]:
+    def weigh(self, turns: Turns, us_of_call: float) -> list[Span]:
         """Run *turns* in windows, each begun at a tick of the counter and followed by two."""
         graph = self.device.captured(turns.all_once)
         run = turns.all_once if graph is None else graph.replay
@@ -58,7 +60,7 @@ class Scale:
         spans = []
         for _ in range(ROUNDS):
             self.meter.wait_for_tick(1.0)
-            span = _Span(time.time_ns(), 0)
+            span = Span(time.time_ns(), 0)
             end_s = time.monotonic() + WINDOW_S
             while time.monotonic() < end_s:
                 begin_s = time.perf_counter()
@@ -81,7 +83,7 @@ class Scale:
         for columns, into in ((rows["energy"], self.ticks), (rows["power"], self.power)):
             into.append(pd.DataFrame({name: np.asarray(_plain(values)) for name, values in columns.items()}))
 
-    def joules(self, spans: list[_Span], us_of_call: float, stored_bytes: int) -> Energy | None:
+    def joules(self, spans: list[Span], us_of_call: float, stored_bytes: int) -> Energy | None:
         """Return the mJ per call of the work in *spans*; None where the counter or the floor says too little."""
         curve, floor, temperature = self._curve(), self._floor(), self._temperature()
         if floor is None:
@@ -111,6 +113,21 @@ class Scale:
             mean_w=mean_w,
             windows=len(windows),
         )
+
+    def joules_of(self, spans: list[Span]) -> list[float]:
+        """Return the J per call of each of *spans*, rests at its ends taken off at the floor; NaN where unknown."""
+        curve, floor, temperature = self._curve(), self._floor(), self._temperature()
+        found = []
+        for span in spans:
+            framed = curve.window(span.start_ns, span.end_ns)
+            if framed is None or floor is None:
+                found.append(float("nan"))
+                continue
+            before, after, joule = framed
+            celsius = mean_temperature(temperature, pd.DataFrame({"start_ns": [before], "end_ns": [after]}))
+            idle_s = ((after - before) - (span.end_ns - span.start_ns)) / 1e9
+            found.append((joule - floor.at(celsius).value * idle_s) / span.calls)
+        return found
 
     def _curve(self) -> EnergyCurve:
         ticks = pd.concat(self.ticks)

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from llmkern.evaluate.job import ROOF, Case, Job, ModelRow, Row, row_from, to_json
+from llmkern.evaluate.job import ROOF, UNCHANGED, Case, Job, ModelRow, Row, row_from, to_json
 from llmkern.evaluate.roof import Roof
 from llmkern.record import signals
 
@@ -80,7 +80,27 @@ def evaluate(request: Request, device: str, began: Callable[[str], None]) -> Eva
                 if ending is not None and cases:
                     result.failed[contender.name] = ending
                 break
+    if request.in_model is not None:
+        _decode(result, began)
     return result
+
+
+def _decode(result: Evaluation, began: Callable[[str], None]) -> None:
+    """Put our kernels and the user's candidates into the model, one process each, and the model as it is beside
+    them.
+    """
+    request = result.request
+    case = request.cases[0]
+    places = [Contender("as it is", UNCHANGED, False)]
+    places += [c for c in request.contenders if c.own or c.spec == "llmkern:cuda-packed"]
+    for contender in places:
+        began(f"{contender.name} in {request.in_model}")
+        job = replace(_job(request, contender, (case,)), in_model=request.in_model)
+        lines, ending = _work(job, request)
+        rows = [msgspec.convert(line["model"], ModelRow) for line in lines if "model" in line]
+        result.in_model += rows
+        if not rows:
+            result.failed[f"{contender.name} in {request.in_model}"] = ending or "it told nothing."
 
 
 def _known(spec: str, cases: Iterable[Case]) -> Iterable[Case]:

@@ -7,6 +7,8 @@ from typing import Any
 
 # The spec of the job that measures the board itself (roof.py).
 ROOF = "roof:"
+# The spec of the job that leaves a model as it is (in_model.py).
+UNCHANGED = "unchanged:"
 # Steps of one case, in their order; a worker tells of each before it begins it.
 STEPS = ("load", "correctness", "latency", "check after timing", "energy")
 
@@ -38,6 +40,7 @@ class Job:
     energy: bool = True
     seed: int = 0
     interpret: bool = False
+    in_model: str | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from llmkern.errors import UsageError
 from llmkern.evaluate.candidate import Candidate
 from llmkern.kernels import pack
+from llmkern.kernels.build import spilled_bytes
 from llmkern.kernels.formats import Weight
 from llmkern.kernels.linear import linear
 from llmkern.kernels.registry import Choice
@@ -53,14 +54,14 @@ def _ours() -> Candidate:
     def call(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(weight, x, bias, pdl=x.device.type == "cuda")
 
-    return Candidate("llmkern", call)
+    return Candidate("llmkern", call, spilled_bytes=spilled_bytes)
 
 
 def _packed() -> Candidate:
     def prepare(weight: Weight) -> Weight:
         return weight.to_packed() if pack.can_pack(weight.format, weight.n, weight.k) else weight
 
-    return Candidate("llmkern packed", _ours().call, prepare)
+    return Candidate("llmkern packed", _ours().call, prepare, spilled_bytes=spilled_bytes)
 
 
 def _triton() -> Candidate:
@@ -128,28 +129,15 @@ def _tinygemm() -> Candidate:
 
 
 def _gemlite() -> Candidate:
-    from gemlite.core import DType, GemLiteLinearTriton
+    from gemlite.helper import A16W8_INT8, A16Wn
 
     def prepare(weight: Any) -> Any:
-        bits = 8 if weight.format == "int8" else 4
-        group = weight.k if bits == 8 else weight.group
-        layer = GemLiteLinearTriton(
-            bits,
-            group_size=group,
-            in_features=weight.k,
-            out_features=weight.n,
-            input_dtype=DType.BF16,
-            output_dtype=DType.BF16,
-        )
-        if bits == 8:
-            codes = (weight.codes.to(torch.int32) + 128).to(torch.uint8)
-            scales, zero = (weight.scales / 127).view(-1, 1).to(torch.bfloat16), 128
-        else:
-            codes = torch.stack((weight.codes & 15, weight.codes >> 4), dim=-1).view(weight.n, weight.k)
-            scales, zero = weight.scales.view(-1, 1).to(torch.bfloat16), 8
-        zeros = torch.full_like(scales, zero)
-        layer.pack(codes, scales, zeros, bias=None)
-        return layer
+        where: dict[str, Any] = {"device": weight.codes.device, "dtype": torch.bfloat16}
+        if weight.format == "int8":
+            return A16W8_INT8(**where).from_weights(weight.codes, scales=(weight.scales / 127).view(-1, 1))
+        codes = torch.stack((weight.codes & 15, weight.codes >> 4), dim=-1).view(weight.n, weight.k)
+        scales = weight.scales.view(-1, 1)
+        return A16Wn(**where).from_weights(codes, scales, torch.full_like(scales, 8), 4, weight.group)
 
     def call(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
         y: torch.Tensor = weight(x)

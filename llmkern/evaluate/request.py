@@ -13,6 +13,7 @@ from llmkern.evaluate.evaluation import Contender, Evaluation, Request, evaluate
 from llmkern.evaluate.job import Case
 from llmkern.evaluate.shapes import LayerShape, parse_shapes
 from llmkern.progress import Stages
+from llmkern.workload.models import find_model
 
 # What a kernel is tried on where there is no GPU: Triton's interpreter needs a second for this.
 CUT_N, CUT_K, CUT_M = 256, 512, 8
@@ -77,6 +78,10 @@ def evaluated(
 ) -> Evaluation:
     """Return the evaluation of *candidates*; the other arguments are the command's options. Raises UsageError."""
     layers = parse_shapes(shapes)
+    if in_model is not None:
+        find_model(in_model)
+        if len(formats) != 1:
+            raise UsageError(f"--in-model needs one --format, not {','.join(formats)}: a model has its layers in one.")
     interpret = not torch.cuda.is_available()
     if interpret:
         layers = _distinct(LayerShape(min(s.n, CUT_N), min(s.k, CUT_K), s.label) for s in layers)

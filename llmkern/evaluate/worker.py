@@ -20,7 +20,7 @@ from llmkern.evaluate import candidate as candidates
 from llmkern.evaluate import inputs
 from llmkern.evaluate.correctness import CandidateError, check
 from llmkern.evaluate.energy import Scale, scale_of
-from llmkern.evaluate.job import ROOF, Case, Check, Job, Row, job_from, to_json
+from llmkern.evaluate.job import ROOF, UNCHANGED, Case, Check, Job, ModelRow, Row, job_from, to_json
 from llmkern.evaluate.roof import roof_of
 from llmkern.evaluate.timing import Turns, copies_for, measure
 from llmkern.record.device.choose import choose_device
@@ -100,6 +100,16 @@ def inputs_refused(name: str) -> Check:
     return Check(name, None, None, 0, 0, 0)
 
 
+def _in_model(job: Job, device: Device, scale: Scale | None) -> ModelRow:
+    from llmkern.evaluate.in_model import Place, decode_with
+
+    assert job.in_model is not None
+    case = job.cases[0]
+    place = Place(job.in_model, case.format, job.group, case.m)
+    own = None if job.spec == UNCHANGED else candidates.load(job.candidate, job.spec)
+    return decode_with(device, scale, place, job.candidate, own)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0][:300]
 
@@ -118,6 +128,13 @@ def main(job_file: str, rows_file: str) -> int:
             if job.spec == ROOF:
                 with scale_of(device) if job.energy else nullcontext() as scale:
                     tell({"roof": to_json(roof_of(device, scale))})
+                tell({"done": True})
+                return 0
+            if job.in_model is not None:
+                weighs = job.energy and device.torch_device.type == "cuda"
+                with scale_of(device) if weighs else nullcontext() as scale:
+                    tell({"step": "decode of the model"})
+                    tell({"model": to_json(_in_model(job, device, scale))})
                 tell({"done": True})
                 return 0
             evaluator = Evaluator(job, device, tell)

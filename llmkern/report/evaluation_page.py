@@ -25,7 +25,7 @@ _METHOD = (
     "Latency: distinct copies of the weights take turns inside one CUDA graph, four times the L2 in all, so that each "
     "call reads its weights from memory; µs per call of 30 replays, median with 5th and 95th percentile. Warm: one "
     "copy.",
-    "Energy per call: windows of 1.5 s of nothing else less the idle floor of this board, by the estimator of the "
+    "Energy per call: windows of 1.2 s of nothing else less the idle floor of this board, by the estimator of the "
     "attribution, plus the floor for as long as the call ran. Intervals are 95 %.",
     "Share of the data sheet counts the bytes of the weights' codes alone; share of what was read in the same call "
     "counts "
