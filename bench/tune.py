@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from bench.result import _commit, gpu_name, slug
+from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import registry
 from llmkern.kernels.build import Build, compiled
 from llmkern.kernels.formats import NF4_VALUES, Int4Weight, Int8Weight, Nf4Weight, Weight
@@ -56,6 +57,9 @@ _CUTS = {
     ),
 }
 
+# (evict_first, persistent)
+_SWITCHES = ((False, False), (True, False), (False, True))
+
 
 def builds(format: str, packed: bool, m: int) -> Iterator[Build]:
     """Yield what is tried for *m* tokens."""
@@ -63,12 +67,12 @@ def builds(format: str, packed: bool, m: int) -> Iterator[Build]:
     for nt in {1: (1,), 2: (2,), 4: (4,), 8: (4, 8)}[tiles]:
         # Where x fills the registers, one part of it at a time may be better.
         aheads = (2,) if nt <= 2 else (1, 2)
-        choices = itertools.product(_CUTS[nt], (1, 2) if nt <= 4 else (1,), (False, True), aheads)
-        for (mt, wn, wk, depth, blocks), splits, evict_first, ahead in choices:
-            if splits == 2 and evict_first:
+        choices = itertools.product(_CUTS[nt], (1, 2) if nt <= 4 else (1,), _SWITCHES, aheads)
+        for (mt, wn, wk, depth, blocks), splits, (evict_first, persistent), ahead in choices:
+            if splits == 2 and (evict_first or persistent):
                 continue
             yield Build(
-                *(format, True, mt, nt, wn, wk, depth, ahead, splits, blocks, evict_first),
+                *(format, True, mt, nt, wn, wk, depth, ahead, splits, blocks, evict_first, persistent),
                 pdl=True,
                 packed=packed,
             )
@@ -115,21 +119,23 @@ def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
     x = torch.randn(m, weight.k, device="cuda", dtype=torch.bfloat16)
     y = torch.empty(m, weight.n, device="cuda", dtype=torch.bfloat16)
     expected = torch.nn.functional.linear(x.float(), weight.dequantized())
-    copies = max(3, min(24, 150 * 2**20 // weight.code_bytes + 1))
+    # As many bytes as the evaluator reads between two turns of a copy: with fewer, some of them are found in L2.
+    copies = copies_for(weight.stored_bytes, 50 * 2**20)
+    calls = Turns(lambda _: None, copies).calls
     held = [weight.moved(torch.clone) for _ in range(copies)]
     structs = [copy.struct() for copy in held]
     chunk = 64 if weight.format == "int8" else 128
     rest = {"tail": weight.k % chunk != 0, **weight.facts()}
 
     def calling(build: Build) -> Callable[[int], None]:
-        return lambda index: launch(build, structs[index], x, None, y)
+        return lambda index: launch(build, structs[index % copies], x, None, y)
 
     found = []
     for build in usable:
         if build.rows > weight.n:
             continue
         whole = replace(build, **rest)
-        found.append((us_of(calling(whole), copies, 4), whole))
+        found.append((us_of(calling(whole), calls, 4), whole))
     best: tuple[float, Build] | None = None
     for _, build in sorted(found, key=lambda pair: pair[0])[:5]:
         y.fill_(float("nan"))
@@ -138,7 +144,7 @@ def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
         if not error <= _LIMIT:
             print(f"wrong: {build} {error}", flush=True)
             continue
-        us = us_of(calling(build), copies, 12)
+        us = us_of(calling(build), calls, 12)
         best = min([(us, build), *([best] if best else [])], key=lambda pair: pair[0])
     row = {"format": weight.format, "packed": weight.packed, "n": weight.n, "k": weight.k, "m": m}
     if best is None:

@@ -24,9 +24,11 @@ class Build:
     A block has *wn* x *wk* warps. Each has 16 x *mt* rows, 8 x *nt* tokens and *depth* chunks of weights in flight;
     *wn* of them stand beside one another, *wk* take turns along K, as do the *splits* blocks (1, 2, 4, 8) of a
     cluster (compute capability 9.0 and up). A thread holds *ahead* (1 or 2) parts of x. Registers are limited so
-    that *blocks* of them fit a multiprocessor. With *evict_first* weights leave L2 before all else; with *pdl* they
-    are asked for before the preceding kernel of the stream has ended, which must therefore not have written them.
-    *packed* weights are tiles (pack.py); a group has 2^*shift* weights; *tail* says that K is no multiple of a chunk.
+    that *blocks* of them fit a multiprocessor. With *persistent* there are no more
+    blocks than fit, and each goes on to further rows. With *evict_first* weights leave L2 before all else; with
+    *pdl* they are asked for before the preceding kernel of the stream has ended, which must therefore not have
+    written them. *packed* weights are tiles (pack.py); a group has 2^*shift* weights; *tail* says that K is no
+    multiple of a chunk.
     """
 
     format: str
@@ -40,6 +42,7 @@ class Build:
     splits: int = 1
     blocks: int = 2
     evict_first: bool = False
+    persistent: bool = False
     pdl: bool = False
     packed: bool = False
     nested: bool = False
@@ -66,7 +69,7 @@ class Build:
         table = 256 * 32 * 4 + 256 * 4 * self.nested if self.format == "nf4" else 0
         sums = self.warps * 16 * (self.tokens + 1) * 4
         of_block = self.rows * self.tokens * 4 if self.splits > 1 else 0
-        return max(table, sums + of_block)
+        return table + sums + of_block
 
     def macros(self) -> dict[str, int]:
         """Return the macros that ``linear.cuh`` is compiled with."""

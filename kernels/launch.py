@@ -41,7 +41,10 @@ def launch(
     """
     (m, k), n = x.shape, y.shape[1]
     if build.packed or fits(build, n, k, x.data_ptr() | (weights.codes or 0)):
-        grid = (-(-n // build.rows), build.splits, -(-m // build.tokens))
+        tiles = -(-n // build.rows)
+        if build.persistent:
+            tiles = min(tiles, _multiprocessors(x.device.index) * build.blocks // build.splits)
+        grid = (tiles, build.splits, -(-m // build.tokens))
         function = _function(build, x.device.index, "linear")
         config = _config(grid, build.warps, build.splits, build.pdl, build.shared_bytes)
     else:
@@ -69,6 +72,11 @@ def _driver() -> Any:
     from cuda.bindings import driver
 
     return driver
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -205,41 +205,48 @@ constexpr int kAhead = DEPTH * kParts % 2 == 0 ? AHEAD : 1;
 }  // namespace
 
 // Needs N >= rows; K % 16 == 0 (int8) or K % 64 == 0 (four bits); packed N % 16 == 0 and K % CHUNK == 0; x aligned to 16.
-// Grid: (ceil(N / rows), SPLITS, ceil(M / tokens)); cluster (1, SPLITS, 1); shared memory: Build.shared_bytes.
+// Grid: (at most ceil(N / rows), SPLITS, ceil(M / tokens)); cluster (1, SPLITS, 1); shared memory: Build.shared_bytes.
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     linear(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int M, int N,
            int K) {
-    // First the table of the format; in the end the sums of the warps, and after them those of the block.
+    // The table of the format, the sums of the warps, those of the block.
     extern __shared__ uint4 shared[];
     u32* const table = reinterpret_cast<u32*>(shared);
-    float(*const sums)[WN * 16][kPitch] = reinterpret_cast<float(*)[WN * 16][kPitch]>(shared);
-    float(*const block_sums)[kTokens] = reinterpret_cast<float(*)[kTokens]>(reinterpret_cast<u8*>(shared) + kSumBytes);
+    u8* const behind = reinterpret_cast<u8*>(shared) + TABLE_BYTES;
+    float(*const sums)[WN * 16][kPitch] = reinterpret_cast<float(*)[WN * 16][kPitch]>(behind);
+    float(*const block_sums)[kTokens] = reinterpret_cast<float(*)[kTokens]>(behind + kSumBytes);
 
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int wn = warp % WN, wk = warp / WN;
-    // The last tile begins earlier rather than ending later: rows that two blocks compute come out alike in both.
-    const int row0 = min(int(blockIdx.x) * kRows, N - kRows);
     const int token0 = blockIdx.z * kTokens;
+    const int tiles = (N + kRows - 1) / kRows;
     const int chunks = (K + CHUNK - 1) / CHUNK;
     const int first = int(blockIdx.y) * WK + wk;
     const int count = first < chunks ? (chunks - first + kStride - 1) / kStride : 0;
 
     Cursor cursors[MT];
     Piece pieces[DEPTH][MT];
+    // The last tile begins earlier rather than ending later: rows that two blocks compute come out alike in both.
+    const auto begin = [&](int tile) {
+        const int row0 = min(tile * kRows, N - kRows);
 #pragma unroll
-    for (int m = 0; m < MT; ++m) cursors[m].start(weights, row0 + kRowsOfWarp * wn + 16 * m, first, K, lane);
+        for (int m = 0; m < MT; ++m) cursors[m].start(weights, row0 + kRowsOfWarp * wn + 16 * m, first, K, lane);
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-        if (d < count) {
+        for (int d = 0; d < DEPTH; ++d) {
+            if (d < count) {
 #pragma unroll
-            for (int m = 0; m < MT; ++m) cursors[m].load(pieces[d][m], d);
+                for (int m = 0; m < MT; ++m) cursors[m].load(pieces[d][m], d);
+            }
         }
-    }
+    };
+    begin(blockIdx.x);
     prepare(weights, table);
     if (TABLE_BYTES) __syncthreads();
     wait_for_predecessor();
     let_successor_start();
 
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int row0 = min(tile * kRows, N - kRows);
     float acc[MT][NT][4] = {};
     Activations ahead[kAhead];
     Direct direct(x, token0, first * CHUNK, M, K, lane);
@@ -270,10 +277,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
         direct.advance(DEPTH);
     }
 
+    // What the next tile needs is on its way while this one is summed up.
+    if (tile + int(gridDim.x) < tiles) begin(tile + gridDim.x);
+
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-        // All have left the table or the sums before.
-        if (m > 0 || TABLE_BYTES) __syncthreads();
+        // All have left the sums before.
+        __syncthreads();
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -311,8 +321,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
             if (bias) sum += to_float(bias[n]);
             y[u64(token0 + token) * N + n] = from_float(sum);
         }
-        // Nobody leaves while another still reads its sums.
+        // Nobody goes on while another still reads its sums.
         sync_cluster();
+    }
     }
 }
 

@@ -21,7 +21,8 @@ from llmkern.kernels.formats import Weight
 
 TABLES = Path(__file__).resolve().parent / "measured"
 # A build's parameters that a table holds; all else follows from weights and activations.
-TUNED = ("mt", "nt", "wn", "wk", "depth", "ahead", "splits", "blocks", "evict_first")
+TUNED = ("mt", "nt", "wn", "wk", "depth", "ahead", "splits", "blocks", "evict_first", "persistent")
+SWITCHES = ("evict_first", "persistent")
 BACKENDS = ("cuda", "triton", "reference")
 
 
@@ -41,7 +42,7 @@ class Choice:
 
     def build_of(self, layer: Layer, facts: dict[str, Any], dtype: torch.dtype, pdl: bool) -> Build:
         """Return the build for *layer* whose weights say *facts* of themselves."""
-        tuning: dict[str, Any] = {n: bool(value) if n == "evict_first" else value for n, value in self.tuning}
+        tuning: dict[str, Any] = {n: bool(value) if n in SWITCHES else value for n, value in self.tuning}
         tail = layer.k % (64 if layer.format == "int8" else 128) != 0
         return Build(format=layer.format, bf16=dtype == torch.bfloat16, pdl=pdl, tail=tail, **facts, **tuning)
 
@@ -74,7 +75,7 @@ def table_of(gpu: str) -> tuple[Entry, ...]:
 
 
 def _entry(row: dict[str, Any]) -> Entry:
-    tuning = tuple((name, int(row["tuning"][name])) for name in TUNED) if row["backend"] == "cuda" else ()
+    tuning = tuple((name, int(row["tuning"].get(name, 0))) for name in TUNED) if row["backend"] == "cuda" else ()
     choice = Choice(row["backend"], tuning)
     return Entry(row["format"], row["packed"], row["n"], row["k"], row["m"], row["us"], choice)
 

@@ -9,7 +9,18 @@ import torch
 from llmkern.kernels.linear import linear
 from llmkern.kernels.registry import Choice
 
-_FEW = {"mt": 1, "nt": 1, "wn": 1, "wk": 4, "depth": 1, "ahead": 2, "splits": 1, "blocks": 1, "evict_first": 0}
+_FEW = {
+    "mt": 1,
+    "nt": 1,
+    "wn": 1,
+    "wk": 4,
+    "depth": 1,
+    "ahead": 2,
+    "splits": 1,
+    "blocks": 1,
+    "evict_first": 0,
+    "persistent": 0,
+}
 
 
 def warm(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:

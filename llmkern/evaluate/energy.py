@@ -54,9 +54,9 @@ class Scale:
 
     def weigh(self, turns: Turns, us_of_call: float) -> list[Span]:
         """Run *turns* in windows, each begun at a tick of the counter and followed by two."""
-        graph = self.device.captured(turns.all_once)
-        run = turns.all_once if graph is None else graph.replay
-        bursts = max(1, round(_BURST_S * 1e6 / max(us_of_call * turns.copies, 0.1)))
+        graph = self.device.captured(turns.in_turn)
+        run = turns.in_turn if graph is None else graph.replay
+        bursts = max(1, round(_BURST_S * 1e6 / max(us_of_call * turns.calls, 0.1)))
         spans = []
         for _ in range(ROUNDS):
             self.meter.wait_for_tick(1.0)
@@ -67,7 +67,7 @@ class Scale:
                 for _ in range(bursts):
                     run()
                 self.device.synchronize()
-                span.calls += bursts * turns.copies
+                span.calls += bursts * turns.calls
                 time.sleep((time.perf_counter() - begin_s) * (1 / DUTY - 1))
             span.end_ns = time.time_ns()
             for _ in range(2):

@@ -19,10 +19,12 @@ from llmkern.evaluate.job import Latency, LaunchedKernel
 from llmkern.record.device.interface import Device
 
 # So many times the L2 are read before a copy's turn comes again.
-TIMES_L2 = 4
+TIMES_L2 = 6
 MOST_COPY_BYTES = 12 * 2**30
 REPLAYS = 30
 _MOST_COPIES = 400
+# So many calls a graph has at least: its start, some microseconds, is no part of a call.
+_LEAST_CALLS = 24
 
 
 def copies_for(stored_bytes: int, l2_bytes: int) -> int:
@@ -38,12 +40,17 @@ class Turns:
     call: Callable[[int], Any]
     copies: int
 
-    def all_once(self) -> None:
-        for index in range(self.copies):
-            self.call(index)
+    @property
+    def calls(self) -> int:
+        """How many calls a graph makes: every copy as often as the others."""
+        return self.copies * math.ceil(_LEAST_CALLS / self.copies)
+
+    def in_turn(self) -> None:
+        for index in range(self.calls):
+            self.call(index % self.copies)
 
     def first_only(self) -> None:
-        for _ in range(self.copies):
+        for _ in range(self.calls):
             self.call(0)
 
 
@@ -51,9 +58,9 @@ def measure(device: Device, turns: Turns, spilled_bytes: Callable[[], int | None
     """Return the latency of *turns*, cold and warm, and the kernels of a call."""
     for _ in range(3):
         turns.call(0)
-    turns.all_once()
+    turns.in_turn()
     device.synchronize()
-    cold, captured, kernels = _timed(device, turns, turns.all_once, spilled_bytes)
+    cold, captured, kernels = _timed(device, turns, turns.in_turn, spilled_bytes)
     warm, _, _ = _timed(device, turns, turns.first_only, None)
     return Latency(
         cold_us=cold,
@@ -80,8 +87,8 @@ def _timed(
         run()
         end.record()
         end.synchronize()
-        samples.append(begin.elapsed_time(end) * 1e3 / turns.copies)
-    kernels = [] if spilled_bytes is None else launched(device, run, turns.copies, spilled_bytes())
+        samples.append(begin.elapsed_time(end) * 1e3 / turns.calls)
+    kernels = [] if spilled_bytes is None else launched(device, run, turns.calls, spilled_bytes())
     if graph is not None:
         graph.reset()
         gc.collect()

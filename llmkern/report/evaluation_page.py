@@ -22,7 +22,7 @@ _METHOD = (
     "that was filled with NaN before, on random, outlier-heavy, large, small and oddly sized inputs, and once more "
     "after "
     "timing. A value matches within 1 % of itself and 2 % of the output's root mean square.",
-    "Latency: distinct copies of the weights take turns inside one CUDA graph, four times the L2 in all, so that each "
+    "Latency: distinct copies of the weights take turns inside one CUDA graph, six times the L2 in all, so that each "
     "call reads its weights from memory; µs per call of 30 replays, median with 5th and 95th percentile. Warm: one "
     "copy.",
     "Energy per call: windows of 1.2 s of nothing else less the idle floor of this board, by the estimator of the "
