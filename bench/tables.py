@@ -74,6 +74,53 @@ def completeness(document: dict[str, Any]) -> list[str]:
     return rows
 
 
+def kernels(document: dict[str, Any]) -> list[str]:
+    shapes = sorted({(c["parameters"]["n"], c["parameters"]["k"]) for c in document["cases"]}, reverse=True)
+    cases = {tuple(c["parameters"][p] for p in ("kernel", "format", "n", "k", "m")): c["metrics"] for c in
+    document["cases"]}
+    rows
+   
+    =
+    ["| N x K, M
+    | cuBLAS bf16
+    | int8: ours, packed, best peer
+    | NF4
+    | int4
+    |", "|---|---|---|---|---|"] peers = ("bitsandbytes", "GemLite", "tinygemm")
+
+    def cell(format: str, n: int, k: int, m: int) -> str:
+        told = []
+        for names in (("llmkern",), ("llmkern packed",), peers):
+            found = [(cases[x, format, n, k, m], x) for x in names if (x, format, n, k, m) in cases]
+            timed = [(metrics["cold"]["value"], metrics["share_of_data_sheet"]["value"], x) for metrics, x in found]
+            us, share, name = min(timed)
+            told.append(f"{us:.1f} ({share:.0%})" if name.startswith("llmkern") else f"{us:.1f} {name}")
+        return ", ".join(told)
+
+    for n, k in shapes:
+        for m in sorted({c["parameters"]["m"] for c in document["cases"]}):
+            bf16 = cases["cuBLAS bf16", "int8", n, k, m]["cold"]["value"]
+            rows.append(f"| {n} x {k}, {m} | {bf16:.1f} | " + " | ".join(cell(f, n, k, m) for f in FORMATS) + " |")
+    return rows
+
+
+FORMATS = ("int8", "nf4", "int4")
+
+
+def kernels_energy(document: dict[str, Any]) -> list[str]:
+    rows = ["| N x K, M = 1 | kernel | mJ per call | J/GB |", "|---|---|---|---|"]
+    for found in document["cases"]:
+        p, m = found["parameters"], found["metrics"]
+        # cuBLAS computes the same for every format.
+        if "energy" in m and "Triton" not in p["kernel"] and ("bf16" not in p["kernel"] or p["format"] == "int8"):
+            name = p["kernel"] if "bf16" in p["kernel"] else f"{p['kernel']}, {p['format']}"
+            told = f"{interval(m['energy'], 1, 2)} | {m['joules_per_gb']['value']:.3f}"
+            rows.append(f"| {p['n']} x {p['k']} | {name} | {told} |")
+    roof = document["roof"]
+    value, low, high = (mj / 1e3 / (roof["copied_bytes"] / 1e9) for mj in roof["copy_energy"]["total_mj"])
+    return [*rows, "", f"A copy of 1 GiB (read and written): {value:.3f} [{low:.3f}, {high:.3f}] J/GB."]
+
+
 def overhead(document: dict[str, Any]) -> list[str]:
     rows = ["| what is switched on | decode latency | bar |", "|---|---|---|"]
     for found in document["cases"]:
@@ -145,6 +192,8 @@ def report() -> list[str]:
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "matrix": matrix,
     "completeness": completeness,
+    "kernels": kernels,
+    "kernels-energy": kernels_energy,
     "overhead": overhead,
     "recorder_load": recorder_load,
     "analysis": analysis,

@@ -143,6 +143,9 @@ def fitting(tuning: tuple[tuple[str, int], ...], n: int, capability: tuple[int, 
     values = dict(tuning)
     if capability < (9, 0):
         values["splits"] = 1
+    if capability != (9, 0) and values["nt"] > 1:
+        # Elsewhere the compiler needs more than the 128 registers that 16 warps leave each thread.
+        values["wk"] = min(values["wk"], 8)
     while 16 * values["mt"] * values["wn"] > max(n, 16):
         values["wn" if values["wn"] > 1 else "mt"] //= 2
     return tuple(values.items())

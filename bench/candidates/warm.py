@@ -1,4 +1,4 @@
-"""Right, and quick as long as its weights are in L2: each warp has a single load in flight."""
+"""Right, and quick as long as its weights are in L2: from memory too few loads are in flight."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _FEW = {
     "mt": 1,
     "nt": 1,
     "wn": 1,
-    "wk": 4,
-    "depth": 1,
+    "wk": 8,
+    "depth": 2,
     "ahead": 2,
     "splits": 1,
-    "blocks": 1,
+    "blocks": 2,
     "evict_first": 0,
     "persistent": 0,
 }

@@ -10,7 +10,6 @@ from typing import Any
 from llmkern.errors import LlmkernError, UsageError
 from llmkern.evaluate.job import to_json
 from llmkern.evaluate.verdict import Statement
-from llmkern.record import environment
 
 SCHEMA = 1
 
@@ -28,7 +27,7 @@ def document(statement: Statement) -> dict[str, Any]:
         "schema": SCHEMA,
         "document": "evaluation",
         "device": evaluation.device,
-        "versions": environment.versions(),
+        "versions": evaluation.versions,
         "request": to_json(evaluation.request),
         "verdicts": [asdict(verdict) for verdict in statement.verdicts],
         "roof": None if evaluation.roof is None else to_json(evaluation.roof),
@@ -47,6 +46,7 @@ def document(statement: Statement) -> dict[str, Any]:
             for line in statement.lines
         ],
         "fits": [asdict(fit) for fit in statement.fits],
+        "in_model": to_json(list(statement.in_model)),
         "failed": evaluation.failed,
         "doubts": list(statement.doubts),
     }

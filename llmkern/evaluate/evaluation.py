@@ -17,7 +17,7 @@ import msgspec
 
 from llmkern.evaluate.job import ROOF, UNCHANGED, Case, Job, ModelRow, Row, row_from, to_json
 from llmkern.evaluate.roof import Roof
-from llmkern.record import signals
+from llmkern.record import environment, signals
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)
     roof: Roof | None = None
     in_model: list[ModelRow] = field(default_factory=list)
+    versions: dict[str, str | None] = field(default_factory=environment.versions)
 
 
 def evaluate(request: Request, device: str, began: Callable[[str], None]) -> Evaluation:
@@ -92,7 +93,8 @@ def _decode(result: Evaluation, began: Callable[[str], None]) -> None:
     request = result.request
     case = request.cases[0]
     places = [Contender("as it is", UNCHANGED, False)]
-    places += [c for c in request.contenders if c.own or c.spec == "llmkern:cuda-packed"]
+    places += [Contender("llmkern packed", "llmkern:cuda-packed", False)] if not request.interpret else []
+    places += [c for c in request.contenders if c.own]
     for contender in places:
         began(f"{contender.name} in {request.in_model}")
         job = replace(_job(request, contender, (case,)), in_model=request.in_model)

@@ -14,8 +14,8 @@ import numpy as np
 from llmkern.evaluate.evaluation import Evaluation
 from llmkern.evaluate.job import LIMIT_L2, Case, Check, ModelRow, Row
 
-# A difference of medians below this is the measurement's (two runs of one kernel on an H100 differed by up to 1.5 %).
-SAME_SPEED = 0.02
+# Cold this much slower than the fastest peer, and warm faster than that one cold: its speed is the cache's.
+WARM_ONLY = 0.9
 # Relative L2 of a peer that rounds x to 8 bits, at most.
 ROUNDED_X_L2 = 0.03
 
@@ -213,7 +213,7 @@ def _speed(timed: Sequence[Line], lines: Sequence[Line]) -> str:
     only_warm = [
         (line, best)
         for line, best in against
-        if _ratio(line, best) < 1 - SAME_SPEED and line.warm_us is not None and line.warm_us < _cold(best)
+        if _ratio(line, best) < WARM_ONLY and line.warm_us is not None and line.warm_us < _cold(best)
     ]
     if len(only_warm) * 2 > len(against):
         line, best = only_warm[0]
@@ -234,7 +234,8 @@ def _cold(line: Line) -> float:
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{values[0]:.2f}" if len(values) == 1 else f"{values[0]:.2f} to {values[-1]:.2f}"
+    least, most = f"{values[0]:.2f}", f"{values[-1]:.2f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _fits(lines: Sequence[Line]) -> list[Fit]:

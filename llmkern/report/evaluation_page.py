@@ -11,7 +11,6 @@ import jinja2
 import pandas as pd
 
 from llmkern.evaluate.verdict import Statement
-from llmkern.record import environment
 from llmkern.report import evaluation as terminal
 from llmkern.report.charts import Spec, _finished
 from llmkern.report.html import _library
@@ -54,7 +53,7 @@ def page(statement: Statement) -> str:
         charts=[{**chart, "json": json.dumps(chart["spec"]).replace("<", "\\u003c")} for chart in charts],
         doubts=statement.doubts,
         method=_METHOD,
-        environment={name: value for name, value in environment.versions().items() if value},
+        environment={name: value for name, value in statement.evaluation.versions.items() if value},
         style=(source / "page.css").read_text(),
         script=(source / "page.js").read_text(),
         library=_library() if charts else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +50,7 @@ def local_bytes(cubin: bytes, folder: Path, tool: str) -> dict[str, int]:
     text = subprocess.run([tool, "--dump-resource-usage", str(file)], capture_output=True, text=True, check=True).stdout
     lines = text.splitlines()
     found = {}
-    for name, usage in zip(lines, lines[1:], strict=False):
+    for name, usage in itertools.pairwise(lines):
         if "Function" in name:
             values = dict(part.split(":", 1) for part in usage.split() if part.count(":") == 1)
             found[name.split()[1].rstrip(":")] = int(values["STACK"]) + int(values["LOCAL"])
@@ -75,9 +76,8 @@ def builds(capability: tuple[int, int]) -> list[Build]:
     return sorted(found, key=str)
 
 
-# Measured on an H100, where they are: on the others the table is a guess, and a spill costs speed but is no fault.
-@pytest.mark.parametrize(("architecture", "spills"), [("sm_80", False), ("sm_90", False), ("sm_100", False)])
-def test_every_build_compiles_without_spills(architecture: str, spills: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+def test_every_build_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
     tool = cuobjdump()
     number = int(architecture[3:])
     every = builds((number // 10, number % 10))

@@ -104,9 +104,9 @@ def test_the_table_chooses_the_nearest_shape_and_the_next_number_of_tokens() -> 
 
 
 def test_a_choice_is_made_to_fit_older_gpus_and_small_layers() -> None:
-    tuning = (("mt", 4), ("wn", 2), ("splits", 2))
-    assert dict(registry.fitting(tuning, 64, (9, 0))) == {"mt": 4, "wn": 1, "splits": 2}
-    assert dict(registry.fitting(tuning, 4096, (8, 0)))["splits"] == 1
+    tuning = (("mt", 4), ("wn", 2), ("nt", 2), ("wk", 16), ("splits", 2))
+    assert dict(registry.fitting(tuning, 64, (9, 0))) == {"mt": 4, "wn": 1, "nt": 2, "wk": 16, "splits": 2}
+    assert dict(registry.fitting(tuning, 4096, (8, 0))) == {"mt": 4, "wn": 2, "nt": 2, "wk": 8, "splits": 1}
 
 
 def test_the_measured_table_can_be_read_and_covers_every_format() -> None:
