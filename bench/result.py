@@ -58,7 +58,9 @@ def slug() -> str:
 def _command(bench: str) -> str:
     # Where the files went says nothing of what was measured.
     return re.sub(
-        r" --(results|runs|peer-python) \S+", "", shlex.join(["python", "-m", f"bench.{bench}", *sys.argv[1:]])
+        r" --(results|runs|peer-python) \S+",
+        "",
+        shlex.join(["python", "-m", f"bench.{bench.partition('-')[0]}", *sys.argv[1:]]),
     )
 
 
