@@ -15,6 +15,8 @@ from llmkern.report import evaluation as terminal
 from llmkern.report.charts import Spec, _finished
 from llmkern.report.html import _library
 
+_MOST_CHARTS = 12
+_NOTE = "Shorter is faster; pale is wrong."
 _METHOD = (
     "Each contender ran in a process of its own. Its output was held against fp32 on the dequantized weights, in "
     "memory "
@@ -38,7 +40,7 @@ def page(statement: Statement) -> str:
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (source / "evaluation.html.j2").read_text()
     )
-    charts = [chart for chart in (_speed(statement),) if chart is not None]
+    charts = _charts(statement)
     return template.render(
         title=_title(statement),
         device=statement.evaluation.device,
@@ -84,35 +86,39 @@ def _row(line: Any) -> dict[str, Any]:
     }
 
 
-def _speed(statement: Statement) -> dict[str, Any] | None:
-    """Return the chart of µs per call, cold, by case and contender."""
-    rows = [
-        {
-            "case": line.row.case.key,
-            "contender": line.row.candidate,
-            "µs per call, cold": line.cold_us.value,
-            "who": "candidate" if line.own else "peer",
-            "right": "right" if line.right else "wrong",
-        }
-        for line in statement.lines
-        if line.cold_us is not None
-    ]
-    if not rows:
-        return None
-    spec: Spec = _finished(
+def _charts(statement: Statement) -> list[dict[str, Any]]:
+    """Return a chart per case of µs per call, cold, by contender; only what was timed."""
+    found = []
+    for number, (key, lines) in enumerate(terminal.by_case(statement).items()):
+        rows = [
+            {
+                "contender": line.row.candidate,
+                "µs per call, cold": line.cold_us.value,
+                "who": "candidate" if line.own else "peer",
+                "right": "right" if line.right else "wrong",
+            }
+            for line in lines
+            if line.cold_us is not None
+        ]
+        if rows and number < _MOST_CHARTS:
+            title = f"{key}: µs per call with cold weights"
+            found.append({"id": f"speed-{number}", "title": title, "note": _NOTE, "spec": _bars(rows, title)})
+    return found
+
+
+def _bars(rows: list[dict[str, Any]], title: str) -> Spec:
+    who = alt.Scale(domain=["candidate", "peer"], range=["#e4572e", "#4d9de0"])
+    right = alt.Scale(domain=["right", "wrong"], range=[1.0, 0.35])
+    chart = (
         alt.Chart(pd.DataFrame(rows))
         .mark_bar()
         .encode(
             y=alt.Y("contender:N", title=None, sort="x"),
             x=alt.X("µs per call, cold:Q"),
-            color=alt.Color(
-                "who:N", title=None, scale=alt.Scale(domain=["candidate", "peer"], range=["#e4572e", "#4d9de0"])
-            ),
-            opacity=alt.Opacity("right:N", title=None, scale=alt.Scale(domain=["right", "wrong"], range=[1.0, 0.35])),
-            row=alt.Row("case:N", title=None, header=alt.Header(labelAngle=0, labelAlign="left", labelOrient="top")),
-            tooltip=["case", "contender", "µs per call, cold", "right"],
+            color=alt.Color("who:N", title=None, scale=who),
+            opacity=alt.Opacity("right:N", title=None, scale=right),
+            tooltip=["contender", "µs per call, cold", "right"],
         )
-        .resolve_scale(x="independent", y="independent"),
-        "µs per call with cold weights, by case and contender",
+        .properties(width="container", height=26 * len(rows))
     )
-    return {"id": "speed", "title": "Speed with cold weights", "note": "Shorter is faster.", "spec": spec}
+    return _finished(chart, title)
