@@ -1,10 +1,11 @@
 // y[M, N] = x[M, K] · W[N, K]ᵀ + bias with W dequantized in registers, for M = 1 … 64 tokens (more in tiles of 8 * NT).
 //
 // The weights are the A operand of mma.m16n8k16: tokens are padded to 8, not to 16, and each weight is converted once
-// for all of them. A thread loads 16 contiguous bytes of a row; in which order the MMAs meet the k of a chunk is free as
-// long as x comes in the same order, so rows can be read as they are stored and weights pass through no shared memory.
-// WN warps of a block have rows of their own, WK take turns along K; so do the SPLITS blocks of a cluster. x comes straight
-// from L1: through shared memory, with a barrier per step, it came slower for every number of tokens (H100).
+// for all of them. A thread loads 16 contiguous bytes of a row; in which order the MMAs meet the k of a chunk is free
+// as long as x comes in the same order, so rows can be read as they are stored and weights pass through no shared
+// memory. WN warps of a block have rows of their own, WK take turns along K; so do the SPLITS blocks of a cluster. x
+// comes straight from L1: through shared memory, with a barrier per step, it came slower for every number of tokens
+// (H100).
 //
 // What a format gives (int8_linear/cuda.cu, int4_linear/cuda.cu, nf4_linear/cuda.cu):
 //   CHUNK            k per warp and step
@@ -16,10 +17,10 @@
 //   multiply()       the MMAs of one piece and one of its parts of 64 k
 //   scale_of_row()   what the sum is multiplied by in the end
 //   at()             one weight as float, for the path that assumes nothing about N and K
-// Macros of the build: T_BF16 (0: fp16), MT (16 rows each), NT (8 tokens each), WN, WK, DEPTH (chunks in flight per warp),
-// AHEAD (parts of x in registers, 1 or 2), SPLITS, BLOCKS (per multiprocessor, at least), EVICT_FIRST (1: weights leave L2
-// first), PDL (1: weights are read before the preceding kernel has ended), PACKED (1: tiles of 16 rows, see pack.py),
-// TAIL (1: K is no multiple of CHUNK), SHIFT (a group has 2^SHIFT weights).
+// Macros of the build: T_BF16 (0: fp16), MT (16 rows each), NT (8 tokens each), WN, WK, DEPTH (chunks in flight per
+// warp), AHEAD (parts of x in registers, 1 or 2), SPLITS, BLOCKS (per multiprocessor, at least), EVICT_FIRST (1:
+// weights leave L2 first), PDL (1: weights are read before the preceding kernel has ended), PACKED (1: tiles of 16
+// rows, see pack.py), TAIL (1: K is no multiple of CHUNK), SHIFT (a group has 2^SHIFT weights).
 
 typedef unsigned char u8;
 typedef signed char s8;
@@ -39,93 +40,95 @@ constexpr int kThreads = 32 * WN * WK;
 constexpr int kStride = SPLITS * WK;
 
 struct Words {
-    u32 v[4];
+  u32 v[4];
 };
 
 // Weights are read once: they must push out neither x from L1 nor what the next kernel needs from L2.
 INLINE Words load_streamed(const void* p) {
-    Words w;
+  Words w;
 #if EVICT_FIRST
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                 : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
-                 : "l"(p), "l"(policy));
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
+               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+               : "l"(p), "l"(policy));
 #else
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
-                 : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+               : "l"(p));
 #endif
-    return w;
+  return w;
 }
 
 // Not ld.global.nc: with PDL the preceding kernel may still be writing x while this one runs.
 INLINE Words load_x(const u16* p) {
-    Words w;
-    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
-                 : "l"(p)
-                 : "memory");
-    return w;
+  Words w;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+               : "l"(p)
+               : "memory");
+  return w;
 }
 
 INLINE void wait_for_predecessor() {
 #if PDL && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 INLINE void let_successor_start() {
 #if PDL && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
 INLINE float to_float(u16 bits) {
 #if T_BF16
-    return __uint_as_float(u32(bits) << 16);
+  return __uint_as_float(u32(bits) << 16);
 #else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-    return f;
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
 #endif
 }
 
 INLINE u16 from_float(float f) {
-    u16 bits;
+  u16 bits;
 #if T_BF16
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
 #else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
 #endif
-    return bits;
+  return bits;
 }
 
 // a * b + c of two pairs.
 INLINE u32 fma2(u32 a, u32 b, u32 c) {
-    u32 d;
+  u32 d;
 #if T_BF16
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
 #else
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
 #endif
-    return d;
+  return d;
 }
 
 // c[16 rows, 8 tokens] += a[16 rows, 16 k] · b[16 k, 8 tokens]
 INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if T_BF16
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
 #else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
 #endif
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-INLINE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+INLINE u32 shared_address(const void* p) {
+  return u32(__cvta_generic_to_shared(p));
+}
 
 }  // namespace
 
@@ -141,111 +144,112 @@ constexpr int kSumBytes = WK * WN * 16 * kPitch * 4;
 
 // A thread's elements of x in the order of its weights: pairs for the MMAs.
 struct Activations {
-    u32 v[NT][8];
+  u32 v[NT][8];
 };
 
 INLINE void put(Activations& a, int n, int half, Words w) {
-    order_activations(w);
+  order_activations(w);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a.v[n][4 * half + i] = w.v[i];
+  for (int i = 0; i < 4; ++i) a.v[n][4 * half + i] = w.v[i];
 }
 
 // x straight from L1. Tokens beyond the last are the last: what comes of them is not stored.
 struct Direct {
-    const u16* rows[NT];
-    int left;  // k before the end of x, from where the rows point
+  const u16* rows[NT];
+  int left;  // k before the end of x, from where the rows point
 
-    INLINE Direct(const u16* x, int token0, int k, int M, int K, int lane) : left(K - k) {
+  INLINE Direct(const u16* x, int token0, int k, int M, int K, int lane) : left(K - k) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n) rows[n] = x + u64(min(token0 + 8 * n + lane / 4, M - 1)) * K + k + k_of_lane(lane & 3);
-    }
+    for (int n = 0; n < NT; ++n) rows[n] = x + u64(min(token0 + 8 * n + lane / 4, M - 1)) * K + k + k_of_lane(lane & 3);
+  }
 
-    INLINE void load(Activations& a, int ahead, int part, int t) const {
+  INLINE void load(Activations& a, int ahead, int part, int t) const {
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
+    for (int n = 0; n < NT; ++n) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int offset = ahead * kStride * CHUNK + 64 * part + 8 * half;
-                Words w = {{0, 0, 0, 0}};
-                if (!TAIL || offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
-                put(a, n, half, w);
-            }
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int offset = ahead * kStride * CHUNK + 64 * part + 8 * half;
+        Words w = {{0, 0, 0, 0}};
+        if (!TAIL || offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
+        put(a, n, half, w);
+      }
     }
+  }
 
-    INLINE void advance(int steps) {
+  INLINE void advance(int steps) {
 #pragma unroll
-        for (int n = 0; n < NT; ++n) rows[n] += steps * kStride * CHUNK;
-        left -= steps * kStride * CHUNK;
-    }
+    for (int n = 0; n < NT; ++n) rows[n] += steps * kStride * CHUNK;
+    left -= steps * kStride * CHUNK;
+  }
 };
 
 INLINE float of_block(const float* p, int rank) {
-    float f;
+  float f;
 #if SPLITS > 1
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there));
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there));
 #else
-    f = *p;
+  f = *p;
 #endif
-    return f;
+  return f;
 }
 
 INLINE void sync_cluster() {
 #if SPLITS > 1
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-// x that comes from L1 or L2 is asked for one part ahead where there are registers for two; where it is then is known when
-// compiling.
+// x that comes from L1 or L2 is asked for one part ahead where there are registers for two; where it is then is known
+// when compiling.
 constexpr int kAhead = DEPTH * kParts % 2 == 0 ? AHEAD : 1;
 
 }  // namespace
 
-// Needs N >= rows; K % 16 == 0 (int8) or K % 64 == 0 (four bits); packed N % 16 == 0 and K % CHUNK == 0; x aligned to 16.
-// Grid: (at most ceil(N / rows), SPLITS, ceil(M / tokens)); cluster (1, SPLITS, 1); shared memory: Build.shared_bytes.
+// Needs N >= rows; K % 16 == 0 (int8) or K % 64 == 0 (four bits); packed N % 16 == 0 and K % CHUNK == 0; x aligned
+// to 16. Grid: (at most ceil(N / rows), SPLITS, ceil(M / tokens)); cluster (1, SPLITS, 1); shared memory:
+// Build.shared_bytes.
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     linear(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int M, int N,
            int K) {
-    // The table of the format, the sums of the warps, those of the block.
-    extern __shared__ uint4 shared[];
-    u32* const table = reinterpret_cast<u32*>(shared);
-    u8* const behind = reinterpret_cast<u8*>(shared) + TABLE_BYTES;
-    float(*const sums)[WN * 16][kPitch] = reinterpret_cast<float(*)[WN * 16][kPitch]>(behind);
-    float(*const block_sums)[kTokens] = reinterpret_cast<float(*)[kTokens]>(behind + kSumBytes);
+  // The table of the format, the sums of the warps, those of the block.
+  extern __shared__ uint4 shared[];
+  u32* const table = reinterpret_cast<u32*>(shared);
+  u8* const behind = reinterpret_cast<u8*>(shared) + TABLE_BYTES;
+  float (*const sums)[WN * 16][kPitch] = reinterpret_cast<float (*)[WN * 16][kPitch]>(behind);
+  float (*const block_sums)[kTokens] = reinterpret_cast<float (*)[kTokens]>(behind + kSumBytes);
 
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int wn = warp % WN, wk = warp / WN;
-    const int token0 = blockIdx.z * kTokens;
-    const int tiles = (N + kRows - 1) / kRows;
-    const int chunks = (K + CHUNK - 1) / CHUNK;
-    const int first = int(blockIdx.y) * WK + wk;
-    const int count = first < chunks ? (chunks - first + kStride - 1) / kStride : 0;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int wn = warp % WN, wk = warp / WN;
+  const int token0 = blockIdx.z * kTokens;
+  const int tiles = (N + kRows - 1) / kRows;
+  const int chunks = (K + CHUNK - 1) / CHUNK;
+  const int first = int(blockIdx.y) * WK + wk;
+  const int count = first < chunks ? (chunks - first + kStride - 1) / kStride : 0;
 
-    Cursor cursors[MT];
-    Piece pieces[DEPTH][MT];
-    // The last tile begins earlier rather than ending later: rows that two blocks compute come out alike in both.
-    const auto begin = [&](int tile) {
-        const int row0 = min(tile * kRows, N - kRows);
+  Cursor cursors[MT];
+  Piece pieces[DEPTH][MT];
+  // The last tile begins earlier rather than ending later: rows that two blocks compute come out alike in both.
+  const auto begin = [&](int tile) {
+    const int row0 = min(tile * kRows, N - kRows);
 #pragma unroll
-        for (int m = 0; m < MT; ++m) cursors[m].start(weights, row0 + kRowsOfWarp * wn + 16 * m, first, K, lane);
+    for (int m = 0; m < MT; ++m) cursors[m].start(weights, row0 + kRowsOfWarp * wn + 16 * m, first, K, lane);
 #pragma unroll
-        for (int d = 0; d < DEPTH; ++d) {
-            if (d < count) {
+    for (int d = 0; d < DEPTH; ++d) {
+      if (d < count) {
 #pragma unroll
-                for (int m = 0; m < MT; ++m) cursors[m].load(pieces[d][m], d);
-            }
-        }
-    };
-    begin(blockIdx.x);
-    prepare(weights, table);
-    if (TABLE_BYTES) __syncthreads();
-    wait_for_predecessor();
-    let_successor_start();
+        for (int m = 0; m < MT; ++m) cursors[m].load(pieces[d][m], d);
+      }
+    }
+  };
+  begin(blockIdx.x);
+  prepare(weights, table);
+  if (TABLE_BYTES) __syncthreads();
+  wait_for_predecessor();
+  let_successor_start();
 
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int row0 = min(tile * kRows, N - kRows);
     float acc[MT][NT][4] = {};
     Activations ahead[kAhead];
@@ -253,28 +257,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
     if (kAhead == 2 && count > 0) direct.load(ahead[0], 0, 0, t);
     for (int i = 0; i < count; i += DEPTH) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; ++d) {
-            if (i + d < count) {
+      for (int d = 0; d < DEPTH; ++d) {
+        if (i + d < count) {
 #pragma unroll
-                for (int part = 0; part < kParts; ++part) {
-                    const int turn = d * kParts + part;
-                    Activations& now = ahead[turn % kAhead];
-                    if (kAhead == 1) {
-                        direct.load(now, d, part, t);
-                    } else if (part + 1 < kParts || i + d + 1 < count) {
-                        direct.load(ahead[(turn + 1) % kAhead], (turn + 1) / kParts, (turn + 1) % kParts, t);
-                    }
-#pragma unroll
-                    for (int m = 0; m < MT; ++m) {
-                        multiply(weights, table, acc[m], pieces[d][m], part, now.v, lane);
-                        if (part + 1 == kParts && i + d + DEPTH < count) cursors[m].load(pieces[d][m], d + DEPTH);
-                    }
-                }
+          for (int part = 0; part < kParts; ++part) {
+            const int turn = d * kParts + part;
+            Activations& now = ahead[turn % kAhead];
+            if (kAhead == 1) {
+              direct.load(now, d, part, t);
+            } else if (part + 1 < kParts || i + d + 1 < count) {
+              direct.load(ahead[(turn + 1) % kAhead], (turn + 1) / kParts, (turn + 1) % kParts, t);
             }
-        }
 #pragma unroll
-        for (int m = 0; m < MT; ++m) cursors[m].advance(DEPTH);
-        direct.advance(DEPTH);
+            for (int m = 0; m < MT; ++m) {
+              multiply(weights, table, acc[m], pieces[d][m], part, now.v, lane);
+              if (part + 1 == kParts && i + d + DEPTH < count) cursors[m].load(pieces[d][m], d + DEPTH);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < MT; ++m) cursors[m].advance(DEPTH);
+      direct.advance(DEPTH);
     }
 
     // What the next tile needs is on its way while this one is summed up.
@@ -282,66 +286,66 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
 
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-        // All have left the sums before.
-        __syncthreads();
+      // All have left the sums before.
+      __syncthreads();
 #pragma unroll
-        for (int n = 0; n < NT; ++n) {
+      for (int n = 0; n < NT; ++n) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[wk][16 * wn + g + 8 * (i / 2)][8 * n + 2 * t + i % 2] = acc[m][n][i];
+        for (int i = 0; i < 4; ++i) sums[wk][16 * wn + g + 8 * (i / 2)][8 * n + 2 * t + i % 2] = acc[m][n][i];
+      }
+      __syncthreads();
+      for (int o = threadIdx.x; o < WN * 16 * kTokens; o += kThreads) {
+        const int row = o % (WN * 16), token = o / (WN * 16);
+        if (token0 + token >= M) break;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < WK; ++w) sum += sums[w][row][token];
+        const int inner = row / 16 * kRowsOfWarp + 16 * m + row % 16;
+        if (SPLITS > 1) {
+          block_sums[inner][token] = sum;
+        } else {
+          const int n = row0 + inner;
+          sum *= scale_of_row(weights, n);
+          if (bias) sum += to_float(bias[n]);
+          y[u64(token0 + token) * N + n] = from_float(sum);
         }
-        __syncthreads();
-        for (int o = threadIdx.x; o < WN * 16 * kTokens; o += kThreads) {
-            const int row = o % (WN * 16), token = o / (WN * 16);
-            if (token0 + token >= M) break;
-            float sum = 0;
-#pragma unroll
-            for (int w = 0; w < WK; ++w) sum += sums[w][row][token];
-            const int inner = row / 16 * kRowsOfWarp + 16 * m + row % 16;
-            if (SPLITS > 1) {
-                block_sums[inner][token] = sum;
-            } else {
-                const int n = row0 + inner;
-                sum *= scale_of_row(weights, n);
-                if (bias) sum += to_float(bias[n]);
-                y[u64(token0 + token) * N + n] = from_float(sum);
-            }
-        }
+      }
     }
     if (SPLITS > 1) {
-        sync_cluster();
-        // Each block of the cluster finishes its share of the rows, always in the same order.
-        for (int o = threadIdx.x + int(blockIdx.y) * kThreads; o < kRows * kTokens; o += kThreads * SPLITS) {
-            const int row = o % kRows, token = o / kRows;
-            if (token0 + token >= M) break;
-            float sum = 0;
+      sync_cluster();
+      // Each block of the cluster finishes its share of the rows, always in the same order.
+      for (int o = threadIdx.x + int(blockIdx.y) * kThreads; o < kRows * kTokens; o += kThreads * SPLITS) {
+        const int row = o % kRows, token = o / kRows;
+        if (token0 + token >= M) break;
+        float sum = 0;
 #pragma unroll
-            for (int r = 0; r < SPLITS; ++r) sum += of_block(&block_sums[row][token], r);
-            const int n = row0 + row;
-            sum *= scale_of_row(weights, n);
-            if (bias) sum += to_float(bias[n]);
-            y[u64(token0 + token) * N + n] = from_float(sum);
-        }
-        // Nobody goes on while another still reads its sums.
-        sync_cluster();
+        for (int r = 0; r < SPLITS; ++r) sum += of_block(&block_sums[row][token], r);
+        const int n = row0 + row;
+        sum *= scale_of_row(weights, n);
+        if (bias) sum += to_float(bias[n]);
+        y[u64(token0 + token) * N + n] = from_float(sum);
+      }
+      // Nobody goes on while another still reads its sums.
+      sync_cluster();
     }
-    }
+  }
 }
 
 #if !PACKED
 // Any N and K, any alignment: a warp per row, scalar loads. Grid: (ceil(N / warps), M).
 extern "C" __global__ void __launch_bounds__(kThreads)
-    linear_any(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int M, int N,
-               int K) {
-    wait_for_predecessor();
-    let_successor_start();
-    const int n = blockIdx.x * WN * WK + (threadIdx.x >> 5), lane = threadIdx.x & 31, token = blockIdx.y;
-    if (n >= N) return;
-    float sum = 0;
-    for (int k = lane; k < K; k += 32) sum += at(weights, n, k, K) * to_float(x[u64(token) * K + k]);
+    linear_any(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int M,
+               int N, int K) {
+  wait_for_predecessor();
+  let_successor_start();
+  const int n = blockIdx.x * WN * WK + (threadIdx.x >> 5), lane = threadIdx.x & 31, token = blockIdx.y;
+  if (n >= N) return;
+  float sum = 0;
+  for (int k = lane; k < K; k += 32) sum += at(weights, n, k, K) * to_float(x[u64(token) * K + k]);
 #pragma unroll
-    for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-    sum *= scale_of_row(weights, n);
-    if (bias) sum += to_float(bias[n]);
-    if (lane == 0) y[u64(token) * N + n] = from_float(sum);
+  for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
+  sum *= scale_of_row(weights, n);
+  if (bias) sum += to_float(bias[n]);
+  if (lane == 0) y[u64(token) * N + n] = from_float(sum);
 }
 #endif
