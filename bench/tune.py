@@ -22,10 +22,9 @@ import torch
 from bench.result import _commit, gpu_name, slug
 from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import registry
-from llmkern.kernels.build import Build, compiled
+from llmkern.kernels.build import CHUNK, Build, compiled
 from llmkern.kernels.formats import NF4_VALUES, Int4Weight, Int8Weight, Nf4Weight, Weight
 from llmkern.kernels.launch import launch
-from llmkern.kernels.linear import linear
 
 SHAPES = (
     *((3584, 3584), (4096, 4096), (4608, 3584), (6144, 4096), (37888, 3584), (3584, 18944), (28672, 4096)),
@@ -115,7 +114,7 @@ def us_of(call: Callable[[int], Any], copies: int, replays: int) -> float:
 
 
 def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
-    """Return the table's entry for *m* tokens of *weight*: the fastest of *usable* and of dequantizing first."""
+    """Return the table's entry for *m* tokens of *weight*: the fastest of *usable*."""
     x = torch.randn(m, weight.k, device="cuda", dtype=torch.bfloat16)
     y = torch.empty(m, weight.n, device="cuda", dtype=torch.bfloat16)
     expected = torch.nn.functional.linear(x.float(), weight.dequantized())
@@ -124,8 +123,7 @@ def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
     calls = Turns(lambda _: None, copies).calls
     held = [weight.moved(torch.clone) for _ in range(copies)]
     structs = [copy.struct() for copy in held]
-    chunk = 64 if weight.format == "int8" else 128
-    rest = {"tail": weight.k % chunk != 0, **weight.facts()}
+    rest = {"tail": weight.k % CHUNK[weight.format] != 0, **weight.facts()}
 
     def calling(build: Build) -> Callable[[int], None]:
         return lambda index: launch(build, structs[index % copies], x, None, y)
@@ -151,13 +149,6 @@ def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
         return None
     tuning = {name: int(getattr(best[1], name)) for name in registry.TUNED}
     return {**row, "backend": "cuda", "us": round(best[0], 3), "tuning": tuning}
-
-
-def dequantized_us(weight: Weight, m: int) -> float:
-    """Return the µs of dequantizing to bf16 and multiplying, the way of many tokens."""
-    x = torch.randn(m, weight.k, device="cuda", dtype=torch.bfloat16)
-    choice = registry.Choice("reference")
-    return us_of(lambda _: linear(weight, x, None, choice), 2, 6)
 
 
 def main() -> None:

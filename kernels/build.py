@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-FORMATS = ("int8", "nf4", "int4")
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
-
-
+# Weights of a row per warp and step.
 CHUNK = {"int8": 64, "nf4": 128, "int4": 128}
 
 
@@ -24,8 +22,8 @@ class Build:
     A block has *wn* x *wk* warps. Each has 16 x *mt* rows, 8 x *nt* tokens and *depth* chunks of weights in flight;
     *wn* of them stand beside one another, *wk* take turns along K, as do the *splits* blocks (1, 2, 4, 8) of a
     cluster (compute capability 9.0 and up). A thread holds *ahead* (1 or 2) parts of x. Registers are limited so
-    that *blocks* of them fit a multiprocessor. With *persistent* there are no more
-    blocks than fit, and each goes on to further rows. With *evict_first* weights leave L2 before all else; with
+    that *blocks* of them fit a multiprocessor. With *persistent* there are no more blocks than fit, and each goes on to
+    further rows. With *evict_first* weights leave L2 before all else; with
     *pdl* they are asked for before the preceding kernel of the stream has ended, which must therefore not have
     written them. *packed* weights are tiles (pack.py); a group has 2^*shift* weights; *tail* says that K is no
     multiple of a chunk.
@@ -99,9 +97,13 @@ class Build:
 def source(format: str) -> str:
     """Return the CUDA C++ of *format* in one piece, so that a compiler's cache sees every change of it."""
     text = (FOLDER / "linear.cuh").read_text()
-    text = text.replace("#include FORMAT", f'#include "{format}_linear/cuda.cu"')
+    return inlined(text.replace("#include FORMAT", f'#include "{format}_linear/cuda.cu"'), FOLDER)
+
+
+def inlined(text: str, folder: Path) -> str:
+    """Return *text* with the files of *folder* that it includes in the place of ``#include "NAME"``."""
     while match := _INCLUDE.search(text):
-        text = text[: match.start()] + (FOLDER / match[1]).read_text() + text[match.end() :]
+        text = text[: match.start()] + (folder / match[1]).read_text() + text[match.end() :]
     return text
 
 

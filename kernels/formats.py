@@ -47,11 +47,6 @@ class Weight:
         changed: dict[str, Any] = {name: move(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **changed)
 
-    def moved_to(self, tensors: dict[str, torch.Tensor]) -> Self:
-        """Return this weight with those of its tensors that *tensors* names taken from there."""
-        changed: dict[str, Any] = {name: tensors[name] for name in self.tensors() if name in tensors}
-        return replace(self, **changed)
-
     @property
     def code_bytes(self) -> int:
         """Bytes of the codes alone: what "share of the bandwidth by weight bytes" counts."""
@@ -78,11 +73,23 @@ class Weight:
         """Return what a build must know of the weights."""
         return {"packed": self.packed}
 
+    def can_pack(self) -> bool:
+        """Whether this weight divides into tiles, each half of a chunk with one scale."""
+        whole = pack.can_pack(self.format, self.n, self.k)
+        return whole and not self.packed and self.group_size % 64 == 0 and self.k % max(1, self.group_size) == 0
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a scale along K; 0 where a whole row does."""
+        return 0
+
     def _check_pack(self) -> None:
-        if self.packed or not pack.can_pack(self.format, self.n, self.k):
+        if not self.can_pack():
+            groups = f" in groups of {self.group_size}" if self.group_size else ""
+            already = " is packed already" if self.packed else ""
             raise ValueError(
-                f"{self.format} [{self.n}, {self.k}]{' is packed already' if self.packed else ''} cannot be packed: "
-                f"N must divide by 16 and K by {64 if self.format == 'int8' else 128}; use it as it is."
+                f"{self.format} [{self.n}, {self.k}]{groups}{already} cannot be packed: N must divide by 16, K by "
+                f"{64 if self.format == 'int8' else 128} and by the group, which is 64 or more; use it as it is."
             )
 
 
@@ -144,6 +151,10 @@ class Int4Weight(Weight):
     group: int
 
     @property
+    def group_size(self) -> int:
+        return self.group
+
+    @property
     def format(self) -> str:
         return "int4"
 
@@ -200,6 +211,10 @@ class Nf4Weight(Weight):
     nested_offset: torch.Tensor | None = None
 
     @property
+    def group_size(self) -> int:
+        return self.blocksize
+
+    @property
     def format(self) -> str:
         return "nf4"
 
@@ -243,8 +258,6 @@ class Nf4Weight(Weight):
 
     def to_packed(self) -> Nf4Weight:
         self._check_pack()
-        if self.k % self.blocksize:
-            raise ValueError(f"blocks of {self.blocksize} do not divide rows of {self.k}: use the matrix as it is.")
         codes = pack.packed_codes(self.codes.view(-1), self.n, self.k, interleave=False)
         scales = pack.packed_scales(self.block_scales(), self.n, self.k)
         nothing: dict[str, Any] = dict.fromkeys(("nested_bytes", "nested_table", "nested_offset"))

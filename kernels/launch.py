@@ -10,27 +10,6 @@ import torch
 
 from llmkern.kernels.build import Build, compiled
 
-WARPS_OF_ANY = 8
-
-
-class Int8Weights(ctypes.Structure):
-    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
-
-
-class Int4Weights(ctypes.Structure):
-    _fields_ = (("codes", ctypes.c_void_p), ("scales", ctypes.c_void_p))
-
-
-class Nf4Weights(ctypes.Structure):
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("code", ctypes.c_void_p),
-        ("absmax", ctypes.c_void_p),
-        ("bytes", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-    )
-
 
 def launch(
     build: Build, weights: ctypes.Structure, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
@@ -40,31 +19,33 @@ def launch(
     Nothing is synchronized. Raises RuntimeError with the driver's reason where a launch is refused.
     """
     (m, k), n = x.shape, y.shape[1]
+    stream = torch.cuda.current_stream(x.device).cuda_stream
     if build.packed or fits(build, n, k, x.data_ptr() | (weights.codes or 0)):
         tiles = -(-n // build.rows)
         if build.persistent:
             tiles = min(tiles, _multiprocessors(x.device.index) * build.blocks // build.splits)
         grid = (tiles, build.splits, -(-m // build.tokens))
         function = _function(build, x.device.index, "linear")
-        config = _config(grid, build.warps, build.splits, build.pdl, build.shared_bytes)
+        config = _config(grid, build.warps, build.splits, build.pdl, build.shared_bytes, stream)
     else:
         function = _function(build, x.device.index, "linear_any")
-        config = _config((-(-n // build.warps), m, 1), build.warps, 1, build.pdl, 0)
+        config = _config((-(-n // build.warps), m, 1), build.warps, 1, build.pdl, 0, stream)
     pointers = (x.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr())
     values = [weights, *map(ctypes.c_void_p, pointers), *map(ctypes.c_int, (m, n, k))]
     arguments = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     driver = _driver()
-    config.hStream = torch.cuda.current_stream(x.device).cuda_stream
     (error,) = driver.cuLaunchKernelEx(config, function, ctypes.addressof(arguments), 0)
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"the launch of {build} for M={m}, N={n}, K={k} was refused: {error.name}")
 
 
 def fits(build: Build, n: int, k: int, addresses: int) -> bool:
-    """Whether rows of *k* weights can be loaded 16 bytes at a time; *addresses* are those of x and the weights,
-    or-ed.
+    """Whether rows of *k* weights can be loaded 16 bytes at a time, 64 codes of four bits having one scale.
+
+    *addresses* are those of x and the weights, or-ed.
     """
-    return n >= build.rows and k % (16 if build.format == "int8" else 64) == 0 and addresses % 16 == 0
+    whole = k % 16 == 0 if build.format == "int8" else k % 64 == 0 and build.shift >= 6
+    return n >= build.rows and whole and addresses % 16 == 0
 
 
 @functools.cache
@@ -88,12 +69,13 @@ def _function(build: Build, device: int, name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _config(grid: tuple[int, int, int], warps: int, splits: int, pdl: bool, shared_bytes: int) -> Any:
+def _config(grid: tuple[int, int, int], warps: int, splits: int, pdl: bool, shared_bytes: int, stream: int) -> Any:
+    # Made once and never changed: threads may launch at the same time.
     driver = _driver()
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = 32 * warps, 1, 1
-    config.sharedMemBytes = shared_bytes
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
     attributes = []
     if splits > 1:
         cluster = driver.CUlaunchAttribute()

@@ -26,7 +26,9 @@ def linear(
     """
     check(weight, x, bias)
     rows = x.reshape(-1, weight.k)
-    rows = rows if rows.is_contiguous() else rows.contiguous()
+    if not rows.is_contiguous() or rows.data_ptr() % 16:
+        # A slice of another tensor may begin anywhere; loads are 16 bytes wide.
+        rows = rows.clone(memory_format=torch.contiguous_format)
     choice = choice or registry.choose(weight, rows.shape[0], x.device)
     y = torch.empty((rows.shape[0], weight.n), dtype=x.dtype, device=x.device)
     if rows.shape[0] == 0:
@@ -56,6 +58,8 @@ def check(weight: Weight, x: torch.Tensor, bias: torch.Tensor | None) -> None:
             f"{name}: bias is {tuple(bias.shape)} {bias.dtype} on {bias.device}, "
             f"but must be ({weight.n},) {x.dtype} on {x.device}."
         )
+    if weight.group_size & (weight.group_size - 1):
+        raise ValueError(f"{name}: groups of {weight.group_size} weights share a scale: it must be a power of two.")
     if isinstance(weight, Int4Weight) and weight.scales.dtype != x.dtype:
         raise ValueError(f"{name}: scales are {weight.scales.dtype}, x is {x.dtype}: convert one of them.")
     for which, tensor in weight.tensors().items():

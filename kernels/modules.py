@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from llmkern.kernels import ops as _ops  # noqa: F401  registers torch.ops.llmkern
-from llmkern.kernels import pack
 from llmkern.kernels.formats import Int4Weight, Int8Weight, Nf4Weight, Weight
 
 
@@ -26,10 +25,6 @@ class FusedLinear(nn.Module):
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-
-    def current(self) -> Weight:
-        """Return the weight with the buffers as they are now (they may have moved to another device)."""
-        return self.weight_format.moved_to(dict(self.named_buffers()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.weight_format
@@ -55,7 +50,7 @@ class FusedLinear(nn.Module):
 def weight_of(module: nn.Module) -> Weight | None:
     """Return the stored weight of a bitsandbytes layer as a Weight without copying it, None for any other module.
 
-    Raises ValueError for a layer that is not quantized yet (it has not been on a GPU, say) or of another 4-bit type.
+    Raises ValueError for a layer that is not quantized yet (it has not been on a GPU, say).
     """
     kind = type(module).__name__
     weight: Any = getattr(module, "weight", None)
@@ -87,8 +82,9 @@ def weight_of(module: nn.Module) -> Weight | None:
 def apply(model: nn.Module, packed: bool = True) -> int:
     """Replace the bitsandbytes layers of *model* by FusedLinear over the same weights, in place; return how many.
 
-    *packed* repacks the weights that divide into tiles (the bytes stay as many). LLM.int8's outlier path has no place
-    here: weights stay int8, activations stay as they are. Raises ValueError for layers that are not quantized yet.
+    *packed* repacks the weights that divide into tiles (as many bytes; NF4's double-quantized scales become fp32).
+    LLM.int8's outlier path has no place here: weights stay int8, activations stay as they are. Raises ValueError for
+    layers that are not quantized yet.
     """
     replaced = 0
     for parent in list(model.modules()):
@@ -97,7 +93,7 @@ def apply(model: nn.Module, packed: bool = True) -> int:
             if weight is None:
                 continue
             bias = getattr(child, "bias", None)
-            if packed and pack.can_pack(weight.format, weight.n, weight.k):
+            if packed and weight.can_pack():
                 weight = weight.to_packed()
             setattr(parent, name, FusedLinear(weight, None if bias is None else bias.detach()))
             replaced += 1

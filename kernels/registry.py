@@ -1,6 +1,6 @@
 """Chooses how a linear layer is computed: from a table measured on a GPU (measured/*.json), not by a rule of thumb.
 
-``python -m bench.kernels tune`` measures a table; a GPU without one takes the one that is there, and says so.
+``python -m bench.tune`` measures a table; a GPU without one takes the one that is there, and says so.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 
-from llmkern.kernels.build import Build
+from llmkern.kernels.build import CHUNK, Build
 from llmkern.kernels.formats import Weight
 
 TABLES = Path(__file__).resolve().parent / "measured"
 # A build's parameters that a table holds; all else follows from weights and activations.
 TUNED = ("mt", "nt", "wn", "wk", "depth", "ahead", "splits", "blocks", "evict_first", "persistent")
 SWITCHES = ("evict_first", "persistent")
-BACKENDS = ("cuda", "triton", "reference")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Choice:
     def build_of(self, layer: Layer, facts: dict[str, Any], dtype: torch.dtype, pdl: bool) -> Build:
         """Return the build for *layer* whose weights say *facts* of themselves."""
         tuning: dict[str, Any] = {n: bool(value) if n in SWITCHES else value for n, value in self.tuning}
-        tail = layer.k % (64 if layer.format == "int8" else 128) != 0
+        tail = layer.k % CHUNK[layer.format] != 0
         return Build(format=layer.format, bf16=dtype == torch.bfloat16, pdl=pdl, tail=tail, **facts, **tuning)
 
 
@@ -68,7 +67,7 @@ def table_of(gpu: str) -> tuple[Entry, ...]:
     if not own and paths:
         warnings.warn(
             f"no kernels were measured on {gpu}: those of {paths[0].stem} are taken; "
-            "'python -m bench.kernels tune' measures yours.",
+            "'python -m bench.tune' measures yours.",
             stacklevel=2,
         )
     return tuple(map(_entry, json.loads((own or paths)[0].read_text())["entries"])) if paths else ()

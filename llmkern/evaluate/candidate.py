@@ -21,10 +21,12 @@ Function = Callable[[torch.Tensor, Any, "torch.Tensor | None"], torch.Tensor]
 class Candidate:
     """*call*(x [M, K], weight, bias) returns y [M, N]; *prepare* makes of a stored weight what it is given instead."""
 
-    name: str
     call: Function
     prepare: Callable[[Any], Any] = lambda weight: weight
     formats: tuple[str, ...] = ("int8", "nf4", "int4")
+    dtypes: tuple[str, ...] = ("bf16", "fp16")
+    # Of the candidate's own form of the weight; None: the codes and scales as they are stored.
+    bytes_per_weight: int | None = None
     # Bytes that the compiler spilled to memory, where the candidate knows it.
     spilled_bytes: Callable[[], int | None] = lambda: None
 
@@ -38,7 +40,7 @@ def split_spec(text: str) -> tuple[str, str]:
     return (function or Path(text).stem) if path else Path(text).stem, text
 
 
-def load(name: str, spec: str) -> Candidate:
+def load(spec: str) -> Candidate:
     """Return the candidate that *spec* names.
 
     Raises UsageError, with what is missing, for one that cannot be loaded.
@@ -50,7 +52,7 @@ def load(name: str, spec: str) -> Candidate:
     if spec.endswith((".cu", ".cuh")):
         from llmkern.evaluate.cuda_file import load_cuda
 
-        return load_cuda(name, Path(spec))
+        return load_cuda(Path(spec))
     where, colon, function = spec.rpartition(":")
     if not colon or not where or not function:
         raise UsageError(f"candidate {spec!r} names no function: give MODULE:FUNCTION, FILE.py:FUNCTION or FILE.cu.")
@@ -61,7 +63,7 @@ def load(name: str, spec: str) -> Candidate:
         raise UsageError(f"candidate {spec!r}: {function} is a {type(found).__name__} and cannot be called.")
     prepare = getattr(found, "prepare", None)
     formats = tuple(getattr(found, "formats", Candidate.formats))
-    return Candidate(name, found, prepare or Candidate.prepare, formats)
+    return Candidate(found, prepare or Candidate.prepare, formats)
 
 
 def _module(where: str) -> Any:

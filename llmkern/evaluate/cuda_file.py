@@ -19,6 +19,7 @@ import torch
 
 from llmkern.errors import UsageError
 from llmkern.evaluate.candidate import Candidate
+from llmkern.kernels.build import inlined
 
 _DECLARED = re.compile(r"^\s*//\s*llmkern:(.*)$", re.MULTILINE)
 _NEEDED = ("kernel", "format", "rows", "tokens", "threads")
@@ -47,14 +48,14 @@ def declaration(path: Path) -> dict[str, str]:
     return found
 
 
-def load_cuda(name: str, path: Path) -> Candidate:
+def load_cuda(path: Path) -> Candidate:
     """Return the candidate in CUDA file *path*; it is compiled at the first call. Raises UsageError."""
     declared = declaration(path)
     try:
         import cupy
     except ImportError as error:
         raise UsageError(f"{path} needs CuPy to be compiled: 'pip install \"llmkern[cuda]\"'.") from error
-    text = path.read_text()
+    text = inlined(path.read_text(), path.parent)
     kernels: dict[tuple[Any, ...], Any] = {}
 
     def kernel(dtype: torch.dtype, group: int) -> Any:
@@ -94,7 +95,7 @@ def load_cuda(name: str, path: Path) -> Candidate:
     def spilled() -> int | None:
         return max((int(k.local_size_bytes) for k in kernels.values()), default=None)
 
-    return Candidate(name, call, formats=(declared["format"],), spilled_bytes=spilled)
+    return Candidate(call, formats=(declared["format"],), spilled_bytes=spilled)
 
 
 def first_error(text: str) -> str:

@@ -9,8 +9,6 @@ from typing import Any
 ROOF = "roof:"
 # The spec of the job that leaves a model as it is (in_model.py).
 UNCHANGED = "unchanged:"
-# Steps of one case, in their order; a worker tells of each before it begins it.
-STEPS = ("load", "correctness", "latency", "check after timing", "energy")
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,10 @@ class ModelRow:
 
 @dataclass
 class Row:
-    """What is known of a candidate in one case; *error* is a sentence, where it did not get to the end."""
+    """What is known of a candidate in one case; *error* is a sentence, where it did not get to the end.
+
+    *stored_bytes* are those that a call has to read of the weight, *code_bytes* those without scales.
+    """
 
     candidate: str
     case: Case

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from llmkern.errors import UsageError
 from llmkern.evaluate.candidate import Candidate
-from llmkern.kernels import pack
 from llmkern.kernels.build import spilled_bytes
 from llmkern.kernels.formats import Weight
 from llmkern.kernels.linear import linear
@@ -36,48 +36,45 @@ def available(format: str) -> list[str]:
 
 def peer(spec: str) -> Candidate:
     """Return the peer called *spec*. Raises UsageError for a name that is none."""
-    made = {
-        "llmkern:cuda": _ours,
-        "llmkern:cuda-packed": _packed,
-        "llmkern:triton": _triton,
-        "peer:cublas": _cublas,
-        "peer:bitsandbytes": _bitsandbytes,
-        "peer:tinygemm": _tinygemm,
-        "peer:gemlite": _gemlite,
-    }.get(spec)
-    if made is None:
-        raise UsageError(f"there is no peer {spec!r}: it is one of llmkern:cuda, llmkern:triton, peer:cublas, ….")
-    return made()
+    if spec not in _MADE:
+        raise UsageError(f"there is no peer {spec!r}: it is one of {', '.join(_MADE)}.")
+    return _MADE[spec][1]()
+
+
+def name_of(spec: str) -> str:
+    """Return what the reports call the peer *spec*."""
+    return _MADE[spec][0]
 
 
 def _ours() -> Candidate:
     def call(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(weight, x, bias, pdl=x.device.type == "cuda")
 
-    return Candidate("llmkern", call, spilled_bytes=spilled_bytes)
+    return Candidate(call, spilled_bytes=spilled_bytes)
 
 
 def _packed() -> Candidate:
     def prepare(weight: Weight) -> Weight:
-        return weight.to_packed() if pack.can_pack(weight.format, weight.n, weight.k) else weight
+        return weight.to_packed() if weight.can_pack() else weight
 
-    return Candidate("llmkern packed", _ours().call, prepare, spilled_bytes=spilled_bytes)
+    return Candidate(_ours().call, prepare, spilled_bytes=spilled_bytes)
 
 
 def _triton() -> Candidate:
     def call(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(weight, x, bias, choice=Choice("triton"))
 
-    return Candidate("llmkern Triton", call)
+    return Candidate(call)
 
 
 def _cublas() -> Candidate:
-    """The dequantized matrix in x's type through torch.nn.functional.linear: 2 bytes per weight."""
+    """The dequantized matrix in bf16 through torch.nn.functional.linear."""
 
-    def call(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-        return torch.nn.functional.linear(x, weight.to(x.dtype) if weight.dtype != x.dtype else weight, bias)
+    def prepare(weight: Any) -> torch.Tensor:
+        values: torch.Tensor = weight.dequantized().to(torch.bfloat16)
+        return values
 
-    return Candidate("cuBLAS bf16", call, lambda weight: weight.dequantized().to(torch.bfloat16))
+    return Candidate(torch.nn.functional.linear, prepare, bytes_per_weight=2, dtypes=("bf16",))
 
 
 def _bitsandbytes() -> Candidate:
@@ -107,7 +104,7 @@ def _bitsandbytes() -> Candidate:
             y = bnb.matmul(x, weight.CB, bias=bias, state=weight)
         return y.to(x.dtype)
 
-    return Candidate("bitsandbytes", call, prepare, ("int8", "nf4"))
+    return Candidate(call, prepare, ("int8", "nf4"))
 
 
 def _tinygemm() -> Candidate:
@@ -125,7 +122,7 @@ def _tinygemm() -> Candidate:
         y: torch.Tensor = torch.ops.aten._weight_int4pack_mm(x, packed, group, scales)
         return y if bias is None else y + bias
 
-    return Candidate("tinygemm", call, prepare, ("int4",))
+    return Candidate(call, prepare, ("int4",), dtypes=("bf16",))
 
 
 def _gemlite() -> Candidate:
@@ -143,4 +140,15 @@ def _gemlite() -> Candidate:
         y: torch.Tensor = weight(x)
         return y if bias is None else y + bias
 
-    return Candidate("GemLite", call, prepare, ("int8", "int4"))
+    return Candidate(call, prepare, ("int8", "int4"), dtypes=("bf16",))
+
+
+_MADE: dict[str, tuple[str, Callable[[], Candidate]]] = {
+    "llmkern:cuda": ("llmkern", _ours),
+    "llmkern:cuda-packed": ("llmkern packed", _packed),
+    "llmkern:triton": ("llmkern Triton", _triton),
+    "peer:cublas": ("cuBLAS bf16", _cublas),
+    "peer:bitsandbytes": ("bitsandbytes", _bitsandbytes),
+    "peer:tinygemm": ("tinygemm", _tinygemm),
+    "peer:gemlite": ("GemLite", _gemlite),
+}

@@ -29,23 +29,11 @@ def contenders_of(candidates: Iterable[str], formats: Iterable[str], peers: bool
     if interpret:
         # The CUDA kernels need a GPU; bitsandbytes' CPU path is no peer of a GPU kernel.
         specs = [spec for spec in specs if spec == "llmkern:triton"]
-    names = {spec: NAMES[spec] for spec in specs}
-    found += [Contender(names[spec], spec, own=False) for spec in specs]
+    found += [Contender(peer_list.name_of(spec), spec, own=False) for spec in specs]
     twice = [c.name for i, c in enumerate(found) if c.name in {other.name for other in found[:i]}]
     if twice:
         raise UsageError(f"two candidates are called {twice[0]!r}: tell them apart as NAME=CANDIDATE.")
     return found
-
-
-NAMES = {
-    "llmkern:cuda": "llmkern",
-    "llmkern:cuda-packed": "llmkern packed",
-    "llmkern:triton": "llmkern Triton",
-    "peer:cublas": "cuBLAS bf16",
-    "peer:bitsandbytes": "bitsandbytes",
-    "peer:tinygemm": "tinygemm",
-    "peer:gemlite": "GemLite",
-}
 
 
 def cases_of(shapes: Iterable[LayerShape], formats: Iterable[str], batches: Iterable[int], group: int) -> list[Case]:

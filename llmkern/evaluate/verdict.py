@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmkern.evaluate.evaluation import Evaluation
-from llmkern.evaluate.job import LIMIT_L2, Case, Check, ModelRow, Row
+from llmkern.evaluate.job import LIMIT_L2, Check, ModelRow, Row
 
 # Cold this much slower than the fastest peer, and warm faster than that one cold: its speed is the cache's.
 WARM_ONLY = 0.9
@@ -108,9 +108,6 @@ def _line(row: Row, own: bool, evaluation: Evaluation) -> Line:
     cold = spread(row.latency.cold_us)
     seconds = cold.value / 1e6
     sheet, read = (None, None) if roof is None else (roof.sheet_bytes_per_s, roof.read_bytes_per_s)
-    # bf16 reads two bytes per weight, whatever the codes took.
-    read_bytes = 2 * row.case.n * row.case.k if "bf16" in row.candidate else row.stored_bytes
-    weight_bytes = read_bytes if "bf16" in row.candidate else row.code_bytes
     return Line(
         row,
         own,
@@ -118,9 +115,9 @@ def _line(row: Row, own: bool, evaluation: Evaluation) -> Line:
         wrong or "right",
         cold,
         float(np.median(row.latency.warm_us)),
-        None if sheet is None else weight_bytes / seconds / sheet,
-        None if read is None else read_bytes / seconds / read,
-        None if row.energy is None else row.energy.total_mj[0] / 1e3 / (read_bytes / 1e9),
+        None if sheet is None else row.code_bytes / seconds / sheet,
+        None if read is None else row.stored_bytes / seconds / read,
+        None if row.energy is None else row.energy.total_mj[0] / 1e3 / (row.stored_bytes / 1e9),
     )
 
 
@@ -246,7 +243,7 @@ def _fits(lines: Sequence[Line]) -> list[Fit]:
             groups.setdefault((line.row.candidate, case.format, case.m), []).append(line)
     found = []
     for (name, format, m), members in groups.items():
-        read = np.array([_bytes(line) for line in members], float)
+        read = np.array([line.row.stored_bytes for line in members], float)
         us = np.array([_cold(line) for line in members])
         if len(set(read)) < 3:
             continue
@@ -258,11 +255,6 @@ def _fits(lines: Sequence[Line]) -> list[Fit]:
         misfit = float(np.abs((t0 + per_mb * read / 1e6) / us - 1).max())
         found.append(Fit(name, format, m, float(t0), 1e12 / float(per_mb), len(members), misfit))
     return found
-
-
-def _bytes(line: Line) -> int:
-    case: Case = line.row.case
-    return 2 * case.n * case.k if "bf16" in line.row.candidate else line.row.stored_bytes
 
 
 def _doubts(lines: Sequence[Line], evaluation: Evaluation) -> list[str]:

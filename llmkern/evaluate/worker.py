@@ -36,7 +36,7 @@ class Evaluator:
     def __init__(self, job: Job, device: Device, tell: Tell) -> None:
         self.job, self.device, self._tell = job, device, tell
         self.dtype = DTYPES[job.dtype]
-        self.candidate = candidates.load(job.candidate, job.spec)
+        self.candidate = candidates.load(job.spec)
 
     def run(self, case: Case, scale: Scale | None) -> Row:
         """Return all that is known of the candidate in *case*; what it does wrong is in the row."""
@@ -61,6 +61,9 @@ class Evaluator:
         if case.format not in self.candidate.formats:
             row.error = f"it takes {' and '.join(self.candidate.formats)}, not {case.format}."
             return
+        if self.job.dtype not in self.candidate.dtypes:
+            row.error = f"it takes {' and '.join(self.candidate.dtypes)}, not {self.job.dtype}."
+            return
         torch_device = self.device.torch_device
         timed = torch_device.type == "cuda" and not self.job.interpret
         for given in inputs.variants(case, self.job.group, self.dtype, self.job.seed, torch_device):
@@ -77,10 +80,11 @@ class Evaluator:
         random = torch.Generator(device=torch_device).manual_seed(self.job.seed + 1)
         weight = inputs.random_weight(case, self.job.group, self.dtype, random)
         row.stored_bytes, row.code_bytes = weight.stored_bytes, weight.code_bytes
+        if self.candidate.bytes_per_weight is not None:
+            row.stored_bytes = row.code_bytes = self.candidate.bytes_per_weight * case.n * case.k
         x = inputs.activations(case, self.dtype, random)
         self._tell({"step": "latency", "case": to_json(case)})
         l2 = self.device.facts().l2_bytes or 50 * 2**20
-        # The candidate's own form of the weight may be larger (a bf16 copy, say); fewer copies would do then.
         prepared = [self.candidate.prepare(weight.moved(torch.clone)) for _ in range(copies_for(row.stored_bytes, l2))]
         turns = Turns(lambda index: self.candidate.call(x, prepared[index], None), len(prepared))
         with torch.inference_mode():
@@ -106,7 +110,7 @@ def _in_model(job: Job, device: Device, scale: Scale | None) -> ModelRow:
     assert job.in_model is not None
     case = job.cases[0]
     place = Place(job.in_model, case.format, job.group, case.m)
-    own = None if job.spec == UNCHANGED else candidates.load(job.candidate, job.spec)
+    own = None if job.spec == UNCHANGED else candidates.load(job.spec)
     return decode_with(device, scale, place, job.candidate, own)
 
 

@@ -274,6 +274,7 @@ def tables(statement: Statement) -> dict[str, pd.DataFrame]:
         "checks": pd.DataFrame(checks),
         "launches": pd.DataFrame(resources(list(statement.lines))),
         "fits": pd.DataFrame([vars(fit) for fit in statement.fits]),
+        "in_model": pd.DataFrame([vars(row) for row in statement.in_model]),
     }
 
 

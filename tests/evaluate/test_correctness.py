@@ -14,6 +14,7 @@ from llmkern.evaluate.correctness import compare
 from llmkern.evaluate.job import Case, Job, Row
 from llmkern.evaluate.verdict import judgement_of
 from llmkern.evaluate.worker import Evaluator
+from llmkern.kernels.build import inlined
 from llmkern.record.device.cpu import CpuDevice
 
 FILE = Path(__file__).parent / "candidates.py"
@@ -91,7 +92,7 @@ def test_comparison_of_nothing_with_nothing_is_right_and_of_zeros_wrong() -> Non
 )
 def test_what_cannot_be_loaded_is_told_in_a_sentence(spec: str, told: str) -> None:
     with pytest.raises(UsageError) as caught:
-        candidate.load("x", spec)
+        candidate.load(spec)
     assert told in str(caught.value)
 
 
@@ -120,9 +121,12 @@ def test_a_cuda_file_must_declare_its_kernel(text: str, told: str, tmp_path: Pat
         cuda_file.declaration(tmp_path / "absent.cu")
 
 
-def test_the_examples_declare_what_they_must() -> None:
+def test_the_examples_declare_what_they_must_and_what_they_include_is_in_them() -> None:
     for file in sorted((Path(__file__).parents[2] / "bench/candidates").glob("*.cu")):
         assert cuda_file.declaration(file)["format"] == "int8"
+        text = inlined(file.read_text(), file.parent)
+        assert "__global__ void gemv" in text
+        assert '#include "' not in text
 
 
 def test_names_come_from_the_spec_or_before_the_equals_sign() -> None:

@@ -49,8 +49,10 @@ def test_interleaved_nibbles_lie_sixteen_bits_apart() -> None:
 
 
 def test_what_does_not_divide_into_tiles_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ValueError, match=r"int8 \[33, 256\] cannot be packed: N must divide by 16 and K by 64"):
+    with pytest.raises(ValueError, match=r"int8 \[33, 256\] cannot be packed: N must divide by 16, K by 64"):
         Int8Weight.quantize(matrix(33)).to_packed()
+    with pytest.raises(ValueError, match=r"nf4 \[48, 256\] in groups of 32 cannot be packed"):
+        Nf4Weight.quantize(matrix(), 32).to_packed()
     with pytest.raises(ValueError, match="K = 100 does not divide into groups of 64"):
         Int4Weight.quantize(matrix(8, 100), 64)
 

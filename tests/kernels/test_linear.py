@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmkern.kernels import modules, ops, registry
+from llmkern.kernels import launch, modules, ops, registry
+from llmkern.kernels.build import Build
 from llmkern.kernels.formats import Int4Weight, Int8Weight, Nf4Weight, Weight
 from llmkern.kernels.int8_linear.reference import reference
 from llmkern.kernels.linear import linear
@@ -66,6 +67,16 @@ def test_what_does_not_fit_together_is_refused_with_its_values() -> None:
     assert "bias is (3,)" in _refused(bias=torch.zeros(3))
     # Scales of another type would be read as if they were x's: garbage, not an error of the GPU.
     assert "scales are torch.bfloat16, x is torch.float16" in _refused(x=torch.randn(1, 64).half())
+
+
+def test_groups_that_no_kernel_knows_are_refused_or_take_the_general_path() -> None:
+    """bitsandbytes has blocks of 32: the fast path would scale 64 codes with the first of two scales."""
+    w = torch.randn(16, 192)
+    with pytest.raises(ValueError, match="groups of 96 weights share a scale: it must be a power of two"):
+        linear(Nf4Weight.quantize(w, 96), torch.randn(1, 192))
+    assert not launch.fits(Build("nf4", shift=5), 64, 192, 0)
+    assert launch.fits(Build("nf4", shift=6), 64, 192, 0)
+    assert not launch.fits(Build("int8"), 64, 192, 8)
 
 
 def test_a_bitsandbytes_model_keeps_its_weights_when_the_kernels_are_applied() -> None:
