@@ -117,8 +117,10 @@ def kernels_energy(document: dict[str, Any]) -> list[str]:
             told = f"{interval(m['energy'], 1, 2)} | {m['joules_per_gb']['value']:.3f}"
             rows.append(f"| {p['n']} x {p['k']} | {name} | {told} |")
     roof = document["roof"]
-    value, low, high = (mj / 1e3 / (roof["copied_bytes"] / 1e9) for mj in roof["copy_energy"]["total_mj"])
-    return [*rows, "", f"A copy of 1 GiB (read and written): {value:.3f} [{low:.3f}, {high:.3f}] J/GB."]
+    for name, bytes_of in (("copy", "copied_bytes"), ("read", "read_bytes")):
+        value, low, high = (mj / 1e3 / (roof[bytes_of] / 1e9) for mj in roof[f"{name}_energy"]["total_mj"])
+        rows += ["", f"A {name} of 1 GiB, per byte moved: {value:.3f} [{low:.3f}, {high:.3f}] J/GB."]
+    return rows
 
 
 def overhead(document: dict[str, Any]) -> list[str]:

@@ -42,7 +42,9 @@ class Roof:
     copy_bytes_per_s: float
     empty_us: float | None
     copy_energy: Energy | None
+    read_energy: Energy | None = None
     copied_bytes: int = 2 * _BYTES
+    read_bytes: int = _BYTES
 
 
 def roof_of(device: Device, scale: Scale | None) -> Roof:
@@ -51,27 +53,36 @@ def roof_of(device: Device, scale: Scale | None) -> Roof:
     target = torch.empty_like(source)
     copy = Turns(lambda _: target.copy_(source), 2)
     copy_us = _median(measure(device, copy, lambda: None).cold_us)
-    read_s, empty_us = _kernels(device, source)
-    energy = None
-    if scale is not None:
-        spans = scale.weigh(copy, copy_us)
-        scale.rest()
-        energy = scale.joules(spans, copy_us, 2 * _BYTES)
+    kernels = _kernels(device, source)
+    read_us = empty_us = read_energy = None
+    if kernels is not None:
+        reading, _ = kernels
+        read_us, empty_us = (_median(measure(device, turns, lambda: None).cold_us) for turns in kernels)
+        read_energy = _weighed(scale, reading, read_us, _BYTES)
     return Roof(
         sheet_bytes_per_s=device.facts().memory_bytes_per_s,
-        read_bytes_per_s=None if read_s is None else _BYTES / read_s,
+        read_bytes_per_s=None if read_us is None else _BYTES / (read_us / 1e6),
         copy_bytes_per_s=2 * _BYTES / (copy_us / 1e6),
         empty_us=empty_us,
-        copy_energy=energy,
+        copy_energy=_weighed(scale, copy, copy_us, 2 * _BYTES),
+        read_energy=read_energy,
     )
 
 
-def _kernels(device: Device, source: torch.Tensor) -> tuple[float | None, float | None]:
-    """Return the seconds that reading *source* takes, and the µs of a kernel that does nothing."""
+def _weighed(scale: Scale | None, turns: Turns, us: float, moved_bytes: int) -> Energy | None:
+    if scale is None:
+        return None
+    spans = scale.weigh(turns, us)
+    scale.rest()
+    return scale.joules(spans, us, moved_bytes)
+
+
+def _kernels(device: Device, source: torch.Tensor) -> tuple[Turns, Turns] | None:
+    """Return a kernel that reads *source* and one that does nothing; None where they cannot be compiled."""
     try:
         import cupy
     except ImportError:
-        return None, None
+        return None
     module = cupy.RawModule(code=_READ)
     read, nothing = module.get_function("read_all"), module.get_function("nothing")
     to = torch.zeros(1, dtype=torch.int32, device=device.torch_device)
@@ -84,8 +95,7 @@ def _kernels(device: Device, source: torch.Tensor) -> tuple[float | None, float 
     count = cupy.uint64(source.numel() // 4)
     reading = Turns(lambda _: launch(read, blocks, 512, (source.data_ptr(), count, to.data_ptr())), 4)
     empty = Turns(lambda _: launch(nothing, 132, 256, (to.data_ptr(),)), 200)
-    read_us = _median(measure(device, reading, lambda: None).cold_us)
-    return read_us / 1e6, _median(measure(device, empty, lambda: None).cold_us)
+    return reading, empty
 
 
 def _median(values: tuple[float, ...]) -> float:

@@ -69,9 +69,13 @@ def roof_sentence(statement: Statement) -> str:
     parts.append(f"copy {roof.copy_bytes_per_s / 1e12:.2f}")
     if roof.empty_us is not None:
         parts.append(f"an empty kernel in a graph {roof.empty_us:.2f} µs")
-    if roof.copy_energy is not None:
-        value, low, high = (mj / 1e3 / (roof.copied_bytes / 1e9) for mj in roof.copy_energy.total_mj)
-        parts.append(f"a copy {value:.3f} [{low:.3f}, {high:.3f}] J/GB")
+    for name, energy, moved in (
+        ("a copy", roof.copy_energy, roof.copied_bytes),
+        ("a read", roof.read_energy, roof.read_bytes),
+    ):
+        if energy is not None:
+            value, low, high = (mj / 1e3 / (moved / 1e9) for mj in energy.total_mj)
+            parts.append(f"{name} {value:.3f} [{low:.3f}, {high:.3f}] J/GB")
     return f"{statement.evaluation.device}: {', '.join(parts)}."
 
 

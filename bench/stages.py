@@ -1,0 +1,161 @@
+"""What limits the kernels: the same kernel with stages taken out (conversion, MMAs, activations), time and joules each.
+
+``python -m bench.stages`` says what a call costs without each of them; what they compute then is of no use. The read
+and the copy of a gigabyte stand beside them, in joules per gigabyte moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import result
+from bench.tune import random_weight
+from llmkern.attribute.estimate import Estimate
+from llmkern.evaluate.energy import Scale, scale_of
+from llmkern.evaluate.roof import roof_of
+from llmkern.evaluate.timing import Turns, copies_for
+from llmkern.kernels import build as builds
+from llmkern.kernels import launch
+from llmkern.kernels.build import Build
+from llmkern.kernels.registry import Choice, choose
+from llmkern.record.device.choose import choose_device
+from llmkern.record.device.interface import Device
+
+# Each stage: (what is found in the source, what stands there without it).
+_CONVERSION = {
+    "int8": (r"INLINE void convert\(u32 q, u32& first, u32& second\) \{.*?\n\}", "NO_INT8"),
+    "int4": (r"(struct Convert \{).*?\n\};", "NO_FOUR"),
+    "nf4": (r"(struct Convert \{).*?\n\};", "NO_NF4"),
+}
+_FOUR = "INLINE void operator()(u32 q, u32 (&pairs)[4]) const { for (int i = 0; i < 4; ++i) pairs[i] = q; }\n};"
+_WITHOUT = {
+    "NO_INT8": "INLINE void convert(u32 q, u32& first, u32& second) { first = second = q; }",
+    "NO_FOUR": f"struct Convert {{ {_FOUR}",
+    "NO_NF4": f"struct Convert {{ const u32* table; u32 lane_bytes; {_FOUR}",
+}
+_MMA = (
+    r"(INLINE void mma\(float \(&c\)\[4\][^)]*\) \{).*?\n\}",
+    r"\1 c[0] = __uint_as_float(__float_as_uint(c[0]) ^ a0 ^ a1 ^ a2 ^ a3 ^ b0 ^ b1); }",
+)
+_X = (r"(INLINE Words load_x\(const u16\* p\) \{).*?\n\}", r"\1 return Words{{u32(u64(p)), 1, 2, 3}}; }")
+# How padding tokens were before: the last token again, so that the MMAs multiply values instead of zeros.
+_PADDING = (r"there\[n\] = token < M;", "there[n] = true;")
+STAGES = ("whole", "padding of values", "no conversion", "no MMAs", "no activations", "loads alone", "whole again")
+
+
+def without(format: str, stage: str) -> str:
+    """Return the source of *format* without *stage*. Raises ValueError where the source has no such stage."""
+    pattern, name = _CONVERSION[format]
+    conversion = (pattern, _WITHOUT[name].replace("\\", "\\\\"))
+    changes = {
+        "padding of values": [_PADDING],
+        "no conversion": [conversion],
+        "no MMAs": [_MMA],
+        "no activations": [_X],
+        "loads alone": [conversion, _MMA, _X],
+    }.get(stage, [])
+    text = builds.source(format)
+    for found, instead in changes:
+        text, count = re.subn(found, instead, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{format} has {count} places of the stage of '{stage}', not 1: mend its pattern.")
+    return text
+
+
+def put(build: Build, text: str) -> None:
+    """Let *build* be compiled from *text* from now on."""
+    import cupy
+
+    module = cupy.RawModule(code=text, options=build.options())
+    module.compile()
+    builds._modules[build, 0] = module
+    launch._function.cache_clear()
+
+
+def microseconds(device: Device, turns: Turns) -> list[float]:
+    """Return the µs per call of replays of one graph."""
+    graph = device.captured(turns.in_turn)
+    assert graph is not None
+    graph.replay()
+    samples = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) * 1e3 / turns.calls)
+    graph.reset()
+    return sorted(samples)
+
+
+def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: int) -> list[dict[str, Any]]:
+    """Return a case per stage that is taken out of *format*'s packed kernel."""
+    n, k = shape
+    weight: Any = random_weight(format, n, k)
+    weight = weight.to_packed()
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]
+    structs = [copy.struct() for copy in copies]
+    choice: Choice = choose(weight, m, x.device)
+    build = replace(choice.build(weight, x.dtype, True))
+    turns = Turns(lambda index: launch.launch(build, structs[index], x, None, y), len(copies))
+    found = []
+    for stage in STAGES:
+        put(build, without(format, stage))
+        turns.in_turn()
+        us = microseconds(device, turns)
+        median = us[len(us) // 2]
+        spans = scale.weigh(turns, median)
+        scale.rest()
+        energy = scale.joules(spans, median, weight.stored_bytes)
+        metrics = {"cold": result.metric(median, "us", us)}
+        if energy is not None:
+            total = Estimate(*energy.total_mj, energy.windows)
+            metrics["energy"] = result.metric(total, "mJ")
+            per_gb = [value / 1e3 / (weight.stored_bytes / 1e9) for value in energy.total_mj]
+            metrics["joules_per_gb"] = result.metric(Estimate(*per_gb, energy.windows), "J/GB")
+            print(f"{format} {n}x{k} M={m} {stage}: {median:.2f} us, {per_gb[0]:.4f} J/GB {per_gb[1:]}", flush=True)
+        parameters = {"format": format, "n": n, "k": k, "m": m, "stage": stage}
+        found.append(result.case(f"{format} {n}x{k}, M={m}: {stage}", parameters, metrics, None))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="37888x3584")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--formats", default="int8,nf4,int4")
+    parser.add_argument("--results", type=Path, default=None, help="folder of the result file")
+    arguments = parser.parse_args()
+    n, k = map(int, arguments.shape.split("x"))
+    device = choose_device("auto")
+    found = []
+    with scale_of(device) as scale:
+        if scale is None:
+            raise SystemExit("this GPU has no energy counter: there is nothing to weigh the stages with.")
+        roof = roof_of(device, scale)
+        for name, energy, moved in (
+            ("copy", roof.copy_energy, roof.copied_bytes),
+            ("read", roof.read_energy, roof.read_bytes),
+        ):
+            if energy is not None:
+                per_gb = [value / 1e3 / (moved / 1e9) for value in energy.total_mj]
+                print(f"{name}: {per_gb[0]:.4f} J/GB {per_gb[1:]}", flush=True)
+                metrics = {"joules_per_gb": result.metric(Estimate(*per_gb, energy.windows), "J/GB")}
+                found.append(result.case(name, {"bytes": moved}, metrics, None))
+        for format in arguments.formats.split(","):
+            for m in map(int, arguments.batch.split(",")):
+                found += cases(device, scale, format, (n, k), m)
+                result.write("stages", found, arguments.results)
+
+
+if __name__ == "__main__":
+    main()
