@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from bench import result
 from bench.tune import random_weight
 from llmkern.attribute.estimate import Estimate
 from llmkern.evaluate.energy import Scale, scale_of
+from llmkern.evaluate.job import Energy
 from llmkern.evaluate.roof import roof_of
 from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import build as builds
@@ -33,20 +33,19 @@ _CONVERSION = {
     "int4": (r"(struct Convert \{).*?\n\};", "NO_FOUR"),
     "nf4": (r"(struct Convert \{).*?\n\};", "NO_NF4"),
 }
-_FOUR = "INLINE void operator()(u32 q, u32 (&pairs)[4]) const { for (int i = 0; i < 4; ++i) pairs[i] = q; }\n};"
+_FOUR = "INLINE void operator()(u32 q, u32 (&pairs)[4]) const { for (int i = 0; i < 4; ++i) pairs[i] = q >> i; }\n};"
 _WITHOUT = {
-    "NO_INT8": "INLINE void convert(u32 q, u32& first, u32& second) { first = second = q; }",
+    "NO_INT8": "INLINE void convert(u32 q, u32& first, u32& second) { first = q; second = q >> 1; }",
     "NO_FOUR": f"struct Convert {{ {_FOUR}",
     "NO_NF4": f"struct Convert {{ const u32* table; u32 lane_bytes; {_FOUR}",
 }
 _MMA = (
     r"(INLINE void mma\(float \(&c\)\[4\][^)]*\) \{).*?\n\}",
-    r"\1 c[0] = __uint_as_float(__float_as_uint(c[0]) ^ a0 ^ a1 ^ a2 ^ a3 ^ b0 ^ b1); }",
+    r"\1 const u32 v[4] = {a0 ^ b0, a1 ^ b1, a2, a3};"
+    r" for (int i = 0; i < 4; ++i) c[i] = __uint_as_float(__float_as_uint(c[i]) ^ v[i]); }",
 )
 _X = (r"(INLINE Words load_x\(const u16\* p\) \{).*?\n\}", r"\1 return Words{{u32(u64(p)), 1, 2, 3}}; }")
-# How padding tokens were before: the last token again, so that the MMAs multiply values instead of zeros.
-_PADDING = (r"there\[n\] = token < M;", "there[n] = true;")
-STAGES = ("whole", "padding of values", "no conversion", "no MMAs", "no activations", "loads alone", "whole again")
+STAGES = ("whole", "no conversion", "no MMAs", "no activations", "loads alone", "whole again")
 
 
 def without(format: str, stage: str) -> str:
@@ -54,7 +53,6 @@ def without(format: str, stage: str) -> str:
     pattern, name = _CONVERSION[format]
     conversion = (pattern, _WITHOUT[name].replace("\\", "\\\\"))
     changes = {
-        "padding of values": [_PADDING],
         "no conversion": [conversion],
         "no MMAs": [_MMA],
         "no activations": [_X],
@@ -95,6 +93,12 @@ def microseconds(device: Device, turns: Turns) -> list[float]:
     return sorted(samples)
 
 
+def estimate(energy: Energy, per_mj: float) -> Estimate:
+    """Return the energy of a call with its interval, *per_mj* for each mJ."""
+    value, low, high = energy.total_mj
+    return Estimate(value * per_mj, low * per_mj, high * per_mj, energy.windows)
+
+
 def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: int) -> list[dict[str, Any]]:
     """Return a case per stage that is taken out of *format*'s packed kernel."""
     n, k = shape
@@ -105,7 +109,7 @@ def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: 
     copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]
     structs = [copy.struct() for copy in copies]
     choice: Choice = choose(weight, m, x.device)
-    build = replace(choice.build(weight, x.dtype, True))
+    build = choice.build(weight, x.dtype, True)
     turns = Turns(lambda index: launch.launch(build, structs[index], x, None, y), len(copies))
     found = []
     for stage in STAGES:
@@ -118,11 +122,10 @@ def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: 
         energy = scale.joules(spans, median, weight.stored_bytes)
         metrics = {"cold": result.metric(median, "us", us)}
         if energy is not None:
-            total = Estimate(*energy.total_mj, energy.windows)
-            metrics["energy"] = result.metric(total, "mJ")
-            per_gb = [value / 1e3 / (weight.stored_bytes / 1e9) for value in energy.total_mj]
-            metrics["joules_per_gb"] = result.metric(Estimate(*per_gb, energy.windows), "J/GB")
-            print(f"{format} {n}x{k} M={m} {stage}: {median:.2f} us, {per_gb[0]:.4f} J/GB {per_gb[1:]}", flush=True)
+            metrics["energy"] = result.metric(estimate(energy, 1.0), "mJ")
+            per_gb = estimate(energy, 1e-3 / (weight.stored_bytes / 1e9))
+            metrics["joules_per_gb"] = result.metric(per_gb, "J/GB")
+            print(f"{format} {n}x{k} M={m} {stage}: {median:.2f} us, {per_gb.value:.4f} J/GB", flush=True)
         parameters = {"format": format, "n": n, "k": k, "m": m, "stage": stage}
         found.append(result.case(f"{format} {n}x{k}, M={m}: {stage}", parameters, metrics, None))
     return found
@@ -147,9 +150,9 @@ def main() -> None:
             ("read", roof.read_energy, roof.read_bytes),
         ):
             if energy is not None:
-                per_gb = [value / 1e3 / (moved / 1e9) for value in energy.total_mj]
-                print(f"{name}: {per_gb[0]:.4f} J/GB {per_gb[1:]}", flush=True)
-                metrics = {"joules_per_gb": result.metric(Estimate(*per_gb, energy.windows), "J/GB")}
+                per_gb = estimate(energy, 1e-3 / (moved / 1e9))
+                print(f"{name}: {per_gb.value:.4f} [{per_gb.low:.4f}, {per_gb.high:.4f}] J/GB", flush=True)
+                metrics = {"joules_per_gb": result.metric(per_gb, "J/GB")}
                 found.append(result.case(name, {"bytes": moved}, metrics, None))
         for format in arguments.formats.split(","):
             for m in map(int, arguments.batch.split(",")):

@@ -151,10 +151,18 @@ def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
     return {**row, "backend": "cuda", "us": round(best[0], 3), "tuning": tuning}
 
 
+def _kept(table: Path, anew: list[tuple[int, ...]]) -> list[dict[str, Any]]:
+    """Return the entries of *table* that are not of the shapes *anew*."""
+    if not table.exists():
+        table = registry.TABLES / table.name
+    return [e for e in json.loads(table.read_text())["entries"] if (e["n"], e["k"]) not in anew]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=registry.TABLES, help="folder of the table")
     parser.add_argument("--seconds", type=float, default=480.0, help="stop after so many seconds with what is there")
+    parser.add_argument("--shapes", default=None, help="NxK,…: measure these alone, keep the rest of the table")
     parser.add_argument("--jobs", type=int, default=16, help="compilations at a time")
     arguments = parser.parse_args()
     end_s = time.monotonic() + arguments.seconds
@@ -164,15 +172,18 @@ def main() -> None:
         every = list(dict.fromkeys(build for several in wanted.values() for build in several))
         good = {build for build, fit in zip(every, pool.map(fits, every), strict=True) if fit}
     print(f"{len(good)} of {len(every)} builds fit, {end_s - time.monotonic():.0f} s left", flush=True)
-    entries: list[dict[str, Any]] = []
+    target = arguments.results / f"{slug()}.json"
+    shapes = (
+        SHAPES if arguments.shapes is None else [tuple(map(int, s.split("x"))) for s in arguments.shapes.split(",")]
+    )
+    entries = [] if arguments.shapes is None else _kept(target, shapes)
     document = {
         "gpu": gpu_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "entries": entries,
     }
-    target = arguments.results / f"{slug()}.json"
-    for n, k in SHAPES:
+    for n, k in shapes:
         for format, packed in itertools.product(("int8", "int4", "nf4"), (True, False)):
             weight: Any = random_weight(format, n, k)
             weight = weight.to_packed() if packed else weight

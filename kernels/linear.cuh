@@ -153,33 +153,25 @@ INLINE void put(Activations& a, int n, int half, Words w) {
   for (int i = 0; i < 4; ++i) a.v[n][4 * half + i] = w.v[i];
 }
 
-// x straight from L1. Tokens beyond the last are zeros, which cost the tensor cores less energy than values do.
+// x straight from L1. Tokens beyond the last are the last: what comes of them is not stored.
 struct Direct {
   const u16* rows[NT];
-  bool there[NT];
   int left;  // k before the end of x, from where the rows point
 
   INLINE Direct(const u16* x, int token0, int k, int M, int K, int lane) : left(K - k) {
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const int token = token0 + 8 * n + lane / 4;
-      there[n] = token < M;
-      rows[n] = x + u64(min(token, M - 1)) * K + k + k_of_lane(lane & 3);
-    }
+    for (int n = 0; n < NT; ++n) rows[n] = x + u64(min(token0 + 8 * n + lane / 4, M - 1)) * K + k + k_of_lane(lane & 3);
   }
 
-  // What is not there stays as it was: zero.
   INLINE void load(Activations& a, int ahead, int part, int t) const {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int offset = ahead * kStride * CHUNK + 64 * part + 8 * half;
-        if (TAIL && offset + k_of_lane(t) >= left) {
-          put(a, n, half, Words{{0, 0, 0, 0}});
-        } else if (there[n]) {
-          put(a, n, half, load_x(rows[n] + offset));
-        }
+        Words w = {{0, 0, 0, 0}};
+        if (!TAIL || offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
+        put(a, n, half, w);
       }
     }
   }
@@ -260,7 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int row0 = min(tile * kRows, N - kRows);
     float acc[MT][NT][4] = {};
-    Activations ahead[kAhead] = {};
+    Activations ahead[kAhead];
     Direct direct(x, token0, first * CHUNK, M, K, lane);
     if (kAhead == 2 && count > 0) direct.load(ahead[0], 0, 0, t);
     for (int i = 0; i < count; i += DEPTH) {

@@ -1,4 +1,4 @@
-"""Right, and quick as long as its weights are in L2: from memory too few loads are in flight."""
+"""Right, and quick as long as its weights are in L2: from memory too little is in flight."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from llmkern.kernels.registry import Choice
 _FEW = {
     "mt": 1,
     "nt": 1,
-    "wn": 1,
+    "wn": 2,
     "wk": 8,
-    "depth": 2,
+    "depth": 1,
     "ahead": 2,
     "splits": 1,
-    "blocks": 2,
+    "blocks": 1,
     "evict_first": 0,
     "persistent": 0,
 }
 
 
 def warm(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    return linear(weight, x, bias, Choice("cuda", tuple(_FEW.items())), pdl=True)
+    return linear(weight, x, bias, Choice("cuda", tuple(_FEW.items())), pdl=False)
