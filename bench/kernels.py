@@ -148,7 +148,7 @@ def measured(arguments: argparse.Namespace, energy: bool) -> None:
     )
     found = cases(statement)
     told = document(statement)
-    name = "kernels-energy" if energy else "kernels"
+    name = ("kernels-energy" if energy else "kernels") + arguments.suffix
     path = result.write(name, found, arguments.results, roof=told["roof"], fits=told["fits"], doubts=told["doubts"])
     missed = [case["name"] for case in found if case["passed"] is False]
     print(f"{path}: {len(found)} cases; below their bar: {missed}")
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32")
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one contender")
+    parser.add_argument("--suffix", default="", help="of the result file's name, such as -small")
     parser.add_argument("--results", type=Path, default=None, help="folder of the result file")
     arguments = parser.parse_args()
     if arguments.what == "right":

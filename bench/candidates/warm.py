@@ -1,4 +1,4 @@
-"""Right, and quick as long as its weights are in L2: from memory too little is in flight."""
+"""Right, and quick as long as its weights are in L2: it asks for none of them before the kernel ahead has ended."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from llmkern.kernels.linear import linear
 from llmkern.kernels.registry import Choice
 
 _FEW = {
-    "mt": 1,
+    "mt": 2,
     "nt": 1,
-    "wn": 2,
-    "wk": 8,
-    "depth": 1,
+    "wn": 1,
+    "wk": 16,
+    "depth": 2,
     "ahead": 2,
     "splits": 1,
     "blocks": 1,
-    "evict_first": 0,
+    "evict_first": 1,
     "persistent": 0,
 }
 
