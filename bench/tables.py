@@ -1,4 +1,4 @@
-"""The README's tables, written from bench/results.
+"""The tables of README.md and docs/measured.md, written from bench/results.
 
 python -m bench.tables --write
 """
@@ -14,15 +14,16 @@ from typing import Any
 
 from bench.result import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+_ROOT = Path(__file__).parents[1]
+PAGES = (_ROOT / "README.md", _ROOT / "docs" / "measured.md")
 Cases = dict[str, dict[str, Any]]
 
 
 def load(bench: str) -> dict[str, Any] | None:
     """Return the newest result file of *bench*, None without one."""
-    files = sorted(RESULTS.glob(f"{bench}-*.json"), key=lambda f: json.loads(f.read_text())["date"])
-    document: dict[str, Any] | None = json.loads(files[-1].read_text()) if files else None
-    return document
+    found: list[dict[str, Any]] = [json.loads(file.read_text()) for file in RESULTS.glob(f"{bench}-*.json")]
+    # A name may begin another: kernels, kernels-energy.
+    return max((d for d in found if d["bench"] == bench), key=lambda d: str(d["date"]), default=None)
 
 
 def measured_on(document: dict[str, Any]) -> str:
@@ -123,6 +124,25 @@ def kernels_energy(document: dict[str, Any]) -> list[str]:
     return rows
 
 
+def stages(document: dict[str, Any]) -> list[str]:
+    cases: Cases = {c["name"]: c["metrics"] for c in document["cases"]}
+    formats = list(dict.fromkeys(c["parameters"]["format"] for c in document["cases"] if "format" in c["parameters"]))
+    rows = ["| J/GB (µs) | " + " | ".join(formats) + " |", "|---" * (1 + len(formats)) + "|"]
+    names = dict.fromkeys(c["parameters"]["stage"] for c in document["cases"] if "stage" in c["parameters"])
+    for stage in names:
+        cells = []
+        for format in formats:
+            (m,) = (
+                c["metrics"]
+                for c in document["cases"]
+                if c["parameters"].get("stage") == stage and c["parameters"]["format"] == format
+            )
+            cells.append(f"{interval(m['joules_per_gb'], 1, 3)} ({m['cold']['value']:.1f})")
+        rows.append(f"| {stage} | {' | '.join(cells)} |")
+    beside = ", ".join(f"a {n} {interval(cases[n]['joules_per_gb'], 1, 3)}" for n in ("read", "copy") if n in cases)
+    return [*rows, "", f"Beside them, per byte moved: {beside} J/GB."]
+
+
 def overhead(document: dict[str, Any]) -> list[str]:
     rows = ["| what is switched on | decode latency | bar |", "|---|---|---|"]
     for found in document["cases"]:
@@ -196,6 +216,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "completeness": completeness,
     "kernels": kernels,
     "kernels-energy": kernels_energy,
+    "stages": stages,
     "overhead": overhead,
     "recorder_load": recorder_load,
     "analysis": analysis,
@@ -220,12 +241,14 @@ def filled(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="write them into README.md instead of printing it")
-    text = filled(README.read_text())
-    if parser.parse_args().write:
-        README.write_text(text)
-    else:
-        print(text)
+    parser.add_argument("--write", action="store_true", help="write them into the pages instead of printing those")
+    write = parser.parse_args().write
+    for page in PAGES:
+        text = filled(page.read_text())
+        if write:
+            page.write_text(text)
+        else:
+            print(text)
 
 
 if __name__ == "__main__":
