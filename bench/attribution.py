@@ -30,14 +30,14 @@ from bench.result import case, metric, write
 from bench.workload import loaded_at, published, rig_of
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
-from llmkern.attribute.estimate import Estimate, from_samples
-from llmkern.attribute.marginal import interval
+from llmkern.estimate import Estimate, from_samples
 from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions
 from llmkern.record.passes.weigh import IDLE_WINDOW_S
 from llmkern.record.rig import RARE_TICK_S, Rig
 from llmkern.runfolder import RunFolder
 from llmkern.session import keep_replays, record
+from llmkern.text import with_interval
 
 ERROR_LIMIT = 0.08
 NEW_TOKENS = 33
@@ -160,7 +160,7 @@ def guess(run: RunFolder, plant: Plant, work: Work, calls: int) -> Guess:
     wanted = signatures_of(work)
     assert found.marginals is not None
     row = found.marginals.unknowns.row({n: float(k) for n, k in wanted.items()}, plant.phase, account.mean_w or 0.0)
-    by_account = interval(float(row @ found.marginals.values_j), found.marginals.draws_j @ row)
+    by_account = Estimate.of(float(row @ found.marginals.values_j), found.marginals.draws_j @ row)
     kernels = found.kernels[found.kernels["phase"] == plant.phase]
     own_s = float(kernels.loc[kernels["signature"].isin(list(wanted)), "duration_ns"].sum()) / 1e9
     all_s = float(kernels["duration_ns"].sum()) / 1e9
@@ -214,8 +214,8 @@ def compare(plant: Plant, known: Estimate, guessed: Guess, parameters: dict[str,
         "error_by_instant_power": metric(guessed.instant_power / known.value - 1, "1"),
     }
     print(
-        f"{plant.name:38s} counter {known.value * 1e3:9.3f} ± {(known.half_width or 0) * 1e3:.3f} mJ  "
-        f"account {guessed.account.value * 1e3:9.3f} ± {(guessed.account.half_width or 0) * 1e3:.3f} mJ  {error:+6.1%} "
+        f"{plant.name:38s} counter {with_interval(known, 'J')}  "
+        f"account {with_interval(guessed.account, 'J')}  {error:+6.1%} "
         f"{'held' if held else 'OUT '}  equal power {guessed.equal_power / known.value - 1:+6.1%}  "
         f"instant power {guessed.instant_power / known.value - 1:+6.1%}",
         flush=True,

@@ -23,6 +23,7 @@ from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.marginal import Marginals, estimate_marginals
 from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions
+from llmkern.text import with_interval
 
 LIMITS = {"prefill": 0.05, "decode": 0.03}
 
@@ -70,7 +71,7 @@ def compare(precision: str, known: Attribution, other: Attribution, parameters: 
         }
         passed = bool(abs(error) <= LIMITS[phase])
         print(
-            f"{precision:5s} {phase:8s} counter {energy.value:8.3f} ± {energy.half_width or 0:.3f} J  predicted "
+            f"{precision:5s} {phase:8s} counter {with_interval(energy, 'J')}  predicted "
             f"{value_j:8.3f} J ({guessed_j:.3f} J guessed)  {error:+6.1%}",
             flush=True,
         )

@@ -16,7 +16,7 @@ import torch
 
 from bench import result
 from bench.tune import random_weight
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.evaluate.document import document
 from llmkern.evaluate.job import LIMIT_L2
 from llmkern.evaluate.request import evaluated

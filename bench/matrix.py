@@ -16,7 +16,7 @@ from typing import Any
 
 from bench.result import RESULTS, case, metric, slug, write
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.attribute.estimate import ratio
+from llmkern.estimate import ratio
 from llmkern.runfolder import RunFolder
 
 # What the study's finding rests on comes first, should the machine be taken away.

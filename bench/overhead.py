@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.result import case, metric, write
 from bench.workload import loaded_at, rig_of
-from llmkern.attribute.estimate import Estimate, from_samples
+from llmkern.estimate import Estimate, from_samples
 from llmkern.record.device.choose import choose_device
 from llmkern.record.device.cupti import cupti_candidates
 from llmkern.record.device.interface import Device, KernelRecorder

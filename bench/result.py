@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.record import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ import torch
 
 from bench import result
 from bench.tune import random_weight
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.evaluate.energy import Scale, scale_of
 from llmkern.evaluate.job import Energy
 from llmkern.evaluate.roof import roof_of

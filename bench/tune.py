@@ -173,10 +173,11 @@ def main() -> None:
         good = {build for build, fit in zip(every, pool.map(fits, every), strict=True) if fit}
     print(f"{len(good)} of {len(every)} builds fit, {end_s - time.monotonic():.0f} s left", flush=True)
     target = arguments.results / f"{slug()}.json"
-    shapes = (
-        SHAPES if arguments.shapes is None else [tuple(map(int, s.split("x"))) for s in arguments.shapes.split(",")]
-    )
-    entries = [] if arguments.shapes is None else _kept(target, shapes)
+    entries: list[dict[str, Any]] = []
+    shapes: list[tuple[int, ...]] = list(SHAPES)
+    if arguments.shapes is not None:
+        shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
+        entries = _kept(target, shapes)
     document = {
         "gpu": gpu_name(),
         "date": datetime.now(UTC).date().isoformat(),

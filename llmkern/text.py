@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 
 _SCALES: dict[str, list[tuple[float, str]]] = {
     "s": [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")],
@@ -26,19 +27,37 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def with_interval(estimate: Estimate | None, unit: str) -> str:
-    """Return an estimate as value ± half of its 95 % interval."""
+    """Return an estimate as value [low, high], in one unit and with the digits that its interval leaves room for."""
     if estimate is None:
         return "–"
-    half = estimate.half_width
-    if half is None:
+    if estimate.low is None or estimate.high is None:
         return quantity(estimate.value, unit)
-    factor, name = _scale(estimate.value, unit)
-    half /= factor
-    # As many decimals as the value would have, or as the first digit of the interval needs.
-    places = len(_digits(estimate.value / factor).partition(".")[2])
-    if half > 0:
-        places = min(4, max(places, -math.floor(math.log10(half))))
-    return f"{estimate.value / factor:,.{places}f} ± {half:.{places}f} {name}"
+    ends = (estimate.value, estimate.low, estimate.high)
+    factor, name = _scale(max(map(abs, ends)), unit)
+    # As many decimals as the largest has with three digits, or as the first digit of the interval needs.
+    places = len(_digits(max(map(abs, ends)) / factor).partition(".")[2])
+    width = (estimate.high - estimate.low) / 2 / factor
+    if width > 0:
+        places = min(4, max(places, -math.floor(math.log10(width))))
+    value, low, high = (_plain_zero(f"{end / factor:,.{places}f}") for end in ends)
+    return f"{value} [{low}, {high}] {name}"
+
+
+def _plain_zero(text: str) -> str:
+    return text.removeprefix("-") if not text.strip("-0.,") else text
+
+
+def visible(text: str) -> str:
+    """Return *text* with control characters (but for line ends) as symbols, so that they steer no terminal."""
+    if text.isprintable():
+        return text
+    return "".join(_symbol(c) if c != "\n" and unicodedata.category(c) in ("Cc", "Cf") else c for c in text)
+
+
+def _symbol(character: str) -> str:
+    code = ord(character)
+    # The block of control pictures has one for each of ASCII.
+    return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"<U+{code:04X}>"
 
 
 def elided(text: str, width: int) -> str:

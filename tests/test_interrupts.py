@@ -12,9 +12,9 @@ from bench.interrupts import run_all
 from llmkern import session
 from llmkern.attribute.attribution import attribute
 from llmkern.attribute.effect import recorder_effects
-from llmkern.attribute.estimate import Estimate
 from llmkern.attribute.weighed import PhaseWeight, known_phases
 from llmkern.errors import InterruptedRunError, LlmkernError
+from llmkern.estimate import Estimate
 from llmkern.progress import Stages
 from llmkern.record import signals
 from llmkern.record.annotate import Annotator
@@ -161,7 +161,7 @@ def test_a_run_killed_in_its_first_traced_decode_tells_the_decode_that_was_weigh
 
 
 def weight(values: list[float], phase: str = "decode") -> dict[str, PhaseWeight]:
-    from llmkern.attribute.estimate import from_samples
+    from llmkern.estimate import from_samples
 
     latency = from_samples(values)
     return {phase: PhaseWeight(phase, "token", latency, values, None, [float("nan")] * len(values), latency, None)}

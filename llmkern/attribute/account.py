@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llmkern.attribute.energy import Floor
-from llmkern.attribute.estimate import Estimate, combine, from_samples
 from llmkern.attribute.joules import EqualPower, KernelJoules
 from llmkern.attribute.timeline import Timeline
 from llmkern.attribute.weighed import PhaseWeight
+from llmkern.estimate import Estimate, from_samples
 
 # A board may exceed its limit for a moment, kernels on average may not.
 POWER_LIMIT_SLACK = 1.05
@@ -21,7 +21,8 @@ class PhaseAccount:
     """The energy of one phase, per unit (a prefill call or a decoded token step), on one device.
 
     energy = kernels + gaps + residual. ``gap_s`` is the weighed latency minus the kernels' busy time: the recorder
-    lengthens the traced gaps, not the weighed ones. Energies are None without an energy counter.
+    lengthens the traced gaps, not the weighed ones. ``busy_s`` is what was traced, ``traced_busy_s``, or the weighed
+    latency where that is shorter. Energies are None without an energy counter.
     """
 
     phase: str
@@ -29,6 +30,7 @@ class PhaseAccount:
     weight: PhaseWeight
     launches: float
     busy_s: float
+    traced_busy_s: float
     gap_s: Estimate
     joules: KernelJoules | None
     gap_j: Estimate | None
@@ -50,7 +52,12 @@ class PhaseAccount:
 
     @property
     def busy_share(self) -> float:
-        return min(1.0, self.busy_s / self.weight.latency_s.value)
+        return self.busy_s / self.weight.latency_s.value
+
+    @property
+    def is_traced_longer(self) -> bool:
+        """Whether kernels alone took longer in the traced run than the phase takes when it is weighed."""
+        return self.traced_busy_s > self.weight.latency_s.value
 
     @property
     def mean_w(self) -> float | None:
@@ -73,30 +80,28 @@ def account_phase(
     steps = int(traced["tokens"].sum())
     if steps == 0 or not traced["kernels"].any():
         return None
-    busy_s = float(traced["busy_ns"].sum()) / 1e9 / steps
+    traced_s = float(traced["busy_ns"].sum()) / 1e9 / steps
     latency = weight.latency_s
-    gap_s = combine(max(0.0, latency.value - busy_s), latency.half_width)
+    # A recorder may make kernels no shorter: what was busy for longer than the phase takes was another phase.
+    busy_s = min(traced_s, latency.value)
+    gap_s = latency.map(lambda seconds: np.maximum(0.0, seconds - busy_s))
     floor_w = floor.at(temperature_c) if floor is not None else None
     joules = gap_j = None
     energy = weight.energy_j
     if energy is not None and floor_w is not None:
-        gap_j = combine(
-            floor_w.value * gap_s.value,
-            _product(gap_s.value, floor_w.half_width),
-            _product(floor_w.value, gap_s.half_width),
-        )
-        rest_j = energy.value - gap_j.value
+        gap_j = (floor_w * gap_s).within(energy)
         # No kernel draws less than the idle board or more than the limit; what does not fit stays a residual.
         most_w = np.inf if limit_mw is None else limit_mw / 1e3 * POWER_LIMIT_SLACK
-        value = float(np.clip(rest_j, floor_w.value * busy_s, most_w * busy_s))
-        total = combine(value, _spread_of_rest(weight, busy_s, floor_w), _product(gap_s.value, floor_w.half_width))
-        joules = EqualPower(total, floor_w.value, busy_s)
+        rest_j = _rest(weight, energy.value - gap_j.value, busy_s, floor_w)
+        total = rest_j.with_(floor_w, lambda j, w: np.clip(j, w * busy_s, most_w * busy_s)).within(energy)
+        joules = EqualPower(total, floor_w, busy_s)
     return PhaseAccount(
         weight.phase,
         weight.unit,
         weight,
         float(traced["kernels"].sum()) / steps,
         busy_s,
+        traced_s,
         gap_s,
         joules,
         gap_j,
@@ -105,18 +110,17 @@ def account_phase(
     )
 
 
-def _spread_of_rest(weight: PhaseWeight, busy_s: float, floor_w: Estimate) -> float | None:
-    """Return the half-width of the energy above the floor of the gaps, round by round.
+def _rest(weight: PhaseWeight, value_j: float, busy_s: float, floor_w: Estimate) -> Estimate:
+    """Return the energy of a phase above the floor of its gaps, *value_j*, with what it is round by round.
 
     A round that the host slowed down has longer gaps and more energy; what is left for the kernels stays the same.
     """
-    rest_j = [
-        energy_j - floor_w.value * max(0.0, latency_s - busy_s)
-        for energy_j, latency_s in zip(weight.energy_samples_j, weight.latency_samples_s, strict=True)
-        if energy_j == energy_j
-    ]
-    return from_samples(rest_j).half_width
-
-
-def _product(a: float, b: float | None) -> float | None:
-    return None if b is None else a * b
+    rounds = zip(weight.energy_samples_j, weight.latency_samples_s, strict=True)
+    known = [(energy_j, max(0.0, latency_s - busy_s)) for energy_j, latency_s in rounds if energy_j == energy_j]
+    rest = from_samples([energy_j - floor_w.value * gap_s for energy_j, gap_s in known])
+    if rest.draws is None or floor_w.draws is None:
+        return Estimate(value_j, samples=rest.samples)
+    # The floor errs alike in all rounds.
+    gap_s = float(np.median([gap_s for _, gap_s in known]))
+    draws = rest.draws - rest.value + value_j - (floor_w.draws - floor_w.value) * gap_s
+    return Estimate.of(value_j, draws, rest.samples)

@@ -138,9 +138,11 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
 
 
 def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    if account.joules is None:
-        return without_energy(rows, keys)
-    return account.joules.split(rows, keys)
+    frame = without_energy(rows, keys) if account.joules is None else account.joules.split(rows, keys)
+    if account.is_traced_longer:
+        # Shares are those of the traced run, lengths fit into the weighed one.
+        frame["duration_ns"] *= account.busy_s / account.traced_busy_s
+    return frame
 
 
 def _rows(account: PhaseAccount, kernels: pd.DataFrame, neighbours: pd.DataFrame) -> list[pd.DataFrame]:
@@ -163,7 +165,7 @@ def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -
         by_gap = without_energy(rows, keys)
     else:
         # An idle device draws the same power everywhere.
-        by_gap = EqualPower(account.gap_j, account.floor_w.value, account.gap_s.value).split(rows, keys)
+        by_gap = EqualPower(account.gap_j, account.floor_w, account.gap_s.value).split(rows, keys)
     # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
     if by_gap["duration_ns"].sum() > 0:
         by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()

@@ -118,6 +118,7 @@ def describe(sensor: Sensor) -> str:
     if sensor.refresh_ms is None:
         return f"{sensor.name} silent"
     if sensor.step_w is None:
-        return f"{sensor.name} every {sensor.refresh_ms:.0f} ms, the load not seen in it"
+        every = f"{sensor.name} every {sensor.refresh_ms:.0f} ms"
+        return f"{every}, its step under the load below {LEAST_STEP_W:.0f} W and lost in its noise"
     late = f"{sensor.lag_ms:.0f} ms late, mean over {sensor.window_ms:.0f} ms"
     return f"{sensor.name} every {sensor.refresh_ms:.0f} ms, {late}"

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import BARE, DECODE, PHASE, PREFILL, RECORDED, TOKEN
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import DRAWS, Estimate
 
 # Leakage follows temperature: 0.7-0.8 W/°C measured on an H100. It is what is assumed, with this doubt (one sigma),
 # until the floor windows of this board span enough degrees to say better.
@@ -55,6 +54,20 @@ class EnergyCurve:
 
 
 @dataclass(frozen=True)
+class FloorDoubt:
+    """One sigma of the floor in W where it is known best (Student's t of *freedom*), and of its slope in W/°C."""
+
+    level_w: float = 0.0
+    slope_w_per_c: float = 0.0
+    freedom: int = 1000
+
+    def draws(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return errors of level (W) and slope (W/°C), DRAWS each, the same whenever they are asked for."""
+        random = np.random.default_rng(1)
+        return random.standard_t(self.freedom, DRAWS) * self.level_w, random.normal(0, 1, DRAWS) * self.slope_w_per_c
+
+
+@dataclass(frozen=True)
 class Floor:
     """Active-idle power of this board with its context alive, as a line over temperature.
 
@@ -76,6 +89,10 @@ class Floor:
         """Whether the slope rests on this board more than on what is assumed of any."""
         return self.slope_sigma < SLOPE_SIGMA / 2
 
+    @property
+    def doubt(self) -> FloorDoubt:
+        return FloorDoubt(self.level_sigma_w, self.slope_sigma, max(1, self.samples - 1))
+
     def degrees(self, temperature_c: float | None) -> float:
         """Return by how many °C *temperature_c* is above the reference, 0 where either is not known."""
         return 0.0 if temperature_c is None or self.reference_c is None else temperature_c - self.reference_c
@@ -84,9 +101,8 @@ class Floor:
         """Return the floor in W at *temperature_c* with its 95 % interval: of the mean, and of the slope beyond it."""
         distance = self.degrees(temperature_c)
         watts = self.reference_w + self.slope_w_per_c * distance
-        t = float(stats.t.ppf(0.975, max(1, self.samples - 1)))
-        half = math.hypot(t * self.level_sigma_w, 1.96 * self.slope_sigma * distance)
-        return Estimate(watts, watts - half, watts + half, self.samples)
+        level, slope = self.doubt.draws()
+        return Estimate.of(watts, watts + level + slope * distance, self.samples)
 
 
 def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFrame) -> Floor | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.estimate import Estimate
-from llmkern.attribute.marginal import interval
+from llmkern.estimate import Estimate
 
 ENERGIES = ("floor_j", "dynamic_j", "energy_j", "low_j", "high_j")
 
@@ -48,7 +48,7 @@ class EqualPower:
     """Every kernel draws the same power: *total* goes by duration. Streams that overlap share the floor they share."""
 
     total: Estimate
-    floor_w: float
+    floor_w: Estimate
     busy_s: float
     method: str = "equal power"
 
@@ -56,7 +56,7 @@ class EqualPower:
         frame = summed(rows, keys)
         share = frame["duration_ns"] / max(float(frame["duration_ns"].sum()), 1.0)
         energy_j = self.total.value * share
-        floor_j = self.floor_w * self.busy_s * share
+        floor_j = np.minimum(self.floor_w.value * self.busy_s * share, energy_j)
         low, high = self.total.low, self.total.high
         return frame.assign(
             floor_j=floor_j,
@@ -72,7 +72,7 @@ class MarginalJoules:
     """Each operator has its own joules above the floor, as W while its kernels run.
 
     *power_draws_w* are bootstrap draws of *power_w* [draws, signatures], *floor_draws_w* the floors that they assumed.
-    Kernels of one operator share its joules by duration.
+    Kernels of one operator share its joules by duration. All together take no more than *whole*.
     """
 
     signatures: tuple[str, ...]
@@ -82,13 +82,26 @@ class MarginalJoules:
     floor_draws_w: np.ndarray
     busy_s: float
     duration_ns: np.ndarray
+    whole: Estimate | None = None
     method: str = "marginal joules"
+
+    @cached_property
+    def _unlimited(self) -> Estimate:
+        seconds = self.duration_ns / 1e9
+        value = self.floor_w * self.busy_s + float(self.power_w @ seconds)
+        return Estimate.of(value, self.floor_draws_w * self.busy_s + self.power_draws_w @ seconds)
 
     @property
     def total(self) -> Estimate:
-        seconds = self.duration_ns / 1e9
-        value = self.floor_w * self.busy_s + float(self.power_w @ seconds)
-        return interval(value, self.floor_draws_w * self.busy_s + self.power_draws_w @ seconds)
+        return self._unlimited.within(self.whole)
+
+    @cached_property
+    def _limit(self) -> tuple[float, np.ndarray]:
+        """Return by what value and draws are less than what the parts alone say: no part may exceed the whole."""
+        free, limited = self._unlimited, self.total
+        assert free.draws is not None
+        assert limited.draws is not None
+        return limited.value / max(free.value, 1e-12), limited.draws / np.maximum(free.draws, 1e-12)
 
     def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
         group = rows.groupby(list(keys), sort=False, dropna=False, observed=True).ngroup().to_numpy()
@@ -104,6 +117,8 @@ class MarginalJoules:
         floor_j = self.floor_w * floor_share
         dynamic_j = seconds @ self.power_w
         draws = seconds @ self.power_draws_w.T + np.outer(floor_share, self.floor_draws_w)
+        factor, factors = self._limit
+        floor_j, dynamic_j, draws = floor_j * factor, dynamic_j * factor, draws * factors
         low, high = np.percentile(draws, [2.5, 97.5], axis=1) if len(frame) else (np.empty(0), np.empty(0))
         energy_j = floor_j + dynamic_j
         return frame.assign(

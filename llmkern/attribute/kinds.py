@@ -38,11 +38,14 @@ RULES = (
     Rule("memset", name=r"^memset"),
     Rule("rope", module=r"rotary"),
     # On the CPU an operator is its own kernel, and what it is for is all that can be said of it.
+    Rule("gemv", op=r"int8_.*(linear|mm)\b", shapes=_ONE_ROW, name=r"^bitsandbytes\."),
     Rule("gemm", op=r"int8_.*(linear|mm)\b", name=r"^bitsandbytes\."),
     Rule("quantize", op=r"int8_(double_|vectorwise_)?quant", name=r"^bitsandbytes\."),
     # LLM.int8(): the search for outliers and everything on their fp16 side path, as bitsandbytes lays it out.
     Rule("quantize", op=r"int8_(double_|vectorwise_)?quant", name=r"kInt8VectorQuant|RowColStats|DoubleRowCol"),
     Rule("outlier", op=r"int8_(double_|vectorwise_)?quant"),
+    # The same product is of the same kind at every precision, whatever kernel computes it.
+    Rule("gemv", op=r"int8_.*(linear|mm)", shapes=_ONE_ROW, name=r"gemm_s8|i16832gemm|igemm|imma"),
     Rule("gemm", op=r"int8_.*(linear|mm)", name=r"gemm_s8|i16832gemm|igemm|imma"),
     Rule("dequantize", op=r"int8_.*mm", name=r"kdequant_mm"),
     Rule("dequantize", op=r"int8_(mm_|vectorwise_)?dequant"),

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from llmkern.attribute.estimate import Estimate
+from llmkern.attribute.energy import FloorDoubt
+from llmkern.estimate import DRAWS, Estimate
 
-DRAWS = 400
 # Two ticks of the counter frame a window, each known to some ms of a few hundred W.
 TICK_SIGMA_J = 0.5
 # The counter repeats itself to about this share over two seconds (on an H100 one load at eight phases of the tick gave
@@ -72,14 +72,6 @@ class Features:
     seconds: float
     moved_bytes: float
     flops: float
-
-
-@dataclass(frozen=True)
-class FloorDoubt:
-    """One sigma of the floor in W where it is known best, and of its slope in W/°C."""
-
-    level_w: float = 0.0
-    slope_w_per_c: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +153,7 @@ class Marginals:
         Raises ValueError for an unknown name.
         """
         row = self.unknowns.row({name: 1.0}, context, mean_w)
-        return interval(float(row @ self.values_j), self.draws_j @ row)
+        return Estimate.of(float(row @ self.values_j), self.draws_j @ row)
 
     def guess_j(self, features: Features) -> float:
         """Return what the prior makes of a signature that ran in no window, in J per launch."""
@@ -171,12 +163,6 @@ class Marginals:
     def replayed(self) -> list[str]:
         """Return the signatures that were replayed alone."""
         return [n for n, p in zip(self.unknowns.names, self.unknowns.powers_w, strict=True) if p]
-
-
-def interval(value: float, draws: np.ndarray) -> Estimate:
-    """Return *value* with the 95 % interval of *draws* of it."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return Estimate(value, float(min(low, value)), float(max(high, value)), len(draws))
 
 
 def estimate_marginals(
@@ -220,8 +206,7 @@ def estimate_marginals(
     model = counts @ values
     spread = sigma_j * _excess(ordered, (dynamic_j - model) / sigma_j)
     degrees = np.array([w.degrees for w in ordered])
-    level_draws = random.normal(0.0, 1.0, DRAWS) * doubt.level_w
-    slope_draws = random.normal(0.0, 1.0, DRAWS) * doubt.slope_w_per_c
+    level_draws, slope_draws = doubt.draws()
     draws = np.empty((DRAWS, len(owners)))
     for i in range(DRAWS):
         floor_j = (level_draws[i] + slope_draws[i] * degrees) * seconds

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.weighed import Weighed
+from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
 
 SENSOR = "memory_average"

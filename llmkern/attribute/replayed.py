@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount
-from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature
+from llmkern.attribute.energy import EnergyCurve, Floor, FloorDoubt, mean_temperature
 from llmkern.attribute.identify import UNIDENTIFIED
 from llmkern.attribute.joules import MarginalJoules
-from llmkern.attribute.marginal import Features, FloorDoubt, Marginals, Window, estimate_marginals
+from llmkern.attribute.marginal import Features, Marginals, Window, estimate_marginals
 from llmkern.attribute.weighed import Weighed, counter_of
 from llmkern.runfolder import RunFolder
 
@@ -58,7 +58,7 @@ def gather(
         [w for w in windows if set(w.launches) <= set(features)],
         features,
         steps,
-        FloorDoubt(weighed.floor.level_sigma_w, weighed.floor.slope_sigma),
+        weighed.floor.doubt,
         limit_w - weighed.floor.reference_w,
     )
 
@@ -165,6 +165,7 @@ def _phase(account: PhaseAccount, steps: pd.DataFrame, marginals: Marginals, wei
         floor_w + marginals.floor_draws_w + marginals.slope_draws * degrees,
         account.busy_s,
         steps["duration_ns"].to_numpy(float),
+        account.weight.energy_j,
     )
 
 

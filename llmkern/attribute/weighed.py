@@ -10,8 +10,8 @@ import pandas as pd
 from llmkern.attribute.by_ranges import ByRanges, energy_by_ranges
 from llmkern.attribute.calibration import calibrate, choose
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
-from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.attribute.timeline import Timeline
+from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import PREFILL
 
@@ -128,14 +128,12 @@ def _known(phase: str, estimate: Estimate, samples: list[float]) -> bool:
         return estimate.value > 0
     if estimate.low is None:
         return all(value > 0 for value in samples if value == value)
-    return estimate.low > 0
+    return estimate.is_known and estimate.low > 0
 
 
 def _not_below_zero(phase: str, estimate: Estimate) -> Estimate:
     """Return *estimate* of what was weighed directly, which no interval can take below zero."""
-    if phase != PREFILL or estimate.low is None:
-        return estimate
-    return replace(estimate, low=max(0.0, estimate.low))
+    return estimate if phase != PREFILL else estimate.map(lambda values: np.maximum(values, 0.0))
 
 
 def _told(estimate: Estimate, scale: float, unit: str) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
+from errno import EDQUOT, EIO, ENOSPC
+from typing import NoReturn
 
 import click
 
@@ -14,6 +17,7 @@ from llmkern.errors import LlmkernError
 from llmkern.record import signals
 
 INTERNAL_ERROR = 70
+_FULL = (ENOSPC, EDQUOT, EIO)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 # Name: (module, what it is for). Here and not in the modules, so that 'llmkern --help' imports none of them.
 _COMMANDS = {
@@ -59,6 +63,12 @@ def run(called: click.Command, program: str) -> None:
     # Libraries talk on stdout and stderr while they load; the report should stand alone.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal or file that has no µ or × gets an escape for it rather than an error.
+            stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is None:
+        _fail("standard output is closed: open it, or send it to /dev/null.", 4)
     try:
         with signals.handled():
             try:
@@ -80,6 +90,9 @@ def run(called: click.Command, program: str) -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
+        if isinstance(error, OSError) and error.errno in _FULL:
+            # What is written to files says so itself; this is what was printed.
+            _unwritable(error)
         kind = type(error).__name__
         _fail(
             f"something unforeseen went wrong ({kind}: {error}). This is a fault of llmkern: run the command again "
@@ -97,13 +110,21 @@ def _leave() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        _fail(f"the output cannot be written ({error.strerror or error}): free some space or print it elsewhere.", 4)
+        _unwritable(error)
     sys.exit(0)
 
 
-def _fail(message: str, code: int) -> None:
+def _unwritable(error: OSError) -> NoReturn:
+    # Nothing that is still in the buffer may complain once more when Python ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _fail(f"the output cannot be written ({error.strerror or error}): free some space or print it elsewhere.", 4)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     signals.ignored()
-    click.echo(f"llmkern: {message}", err=True)
+    from llmkern.text import visible
+
+    click.echo(f"llmkern: {visible(message)}", err=True)
     sys.exit(code)
 
 

@@ -39,10 +39,10 @@ class Wanted:
 
 def console() -> Any:
     """Return the console of a report; a pipe has no width of its own, 100 columns keep tables readable in a file."""
-    from rich.console import Console
+    from llmkern.report.console import PlainConsole
 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100
-    return Console(width=width)
+    return PlainConsole(width=width)
 
 
 def check_wanted(folder: Path, wanted: Wanted) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
-from llmkern.attribute.estimate import Estimate
-from llmkern.attribute.marginal import Features, FloorDoubt, Window, estimate_marginals
+from llmkern.attribute.marginal import Features, Window, estimate_marginals
+from llmkern.estimate import Estimate
 from llmkern.evaluate.job import Energy
 from llmkern.evaluate.timing import Turns
 from llmkern.record.device.interface import Device, EnergyMeter
@@ -102,9 +102,8 @@ class Scale:
         if len(windows) < 2:
             return None
         features = {"call": Features(us_of_call / 1e6, float(stored_bytes), 0.0)}
-        doubt = FloorDoubt(floor.level_sigma_w, floor.slope_sigma)
         mean_w = float(np.mean([w.mean_w for w in windows]))
-        dynamic = estimate_marginals(windows, features, doubt=doubt).per_launch("call", mean_w=mean_w)
+        dynamic = estimate_marginals(windows, features, doubt=floor.doubt).per_launch("call", mean_w=mean_w)
         at_floor_j = float(np.mean([w.floor_w for w in windows])) * us_of_call / 1e6
         return Energy(
             dynamic_mj=_mj(dynamic, 0.0),

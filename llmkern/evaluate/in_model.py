@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmkern.attribute.estimate import Estimate, from_samples
 from llmkern.errors import DeviceError, UsageError
+from llmkern.estimate import Estimate, from_samples
 from llmkern.evaluate.candidate import Candidate
 from llmkern.evaluate.energy import Scale, Span
 from llmkern.evaluate.job import ModelRow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +9,11 @@ import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
 from llmkern.errors import UsageError
+from llmkern.estimate import Estimate
 from llmkern.explain.whatif import Prediction, predict
+
+NOT_DISTINGUISHABLE = "not distinguishable"
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,10 @@ class Difference:
     """One phase of two runs, per token (decode: generated, prefill: of the prompts without padding).
 
     ``bars`` has part (kernels, gaps or residual), name (kind or cause), before_j, after_j, change_j with low_j and
-    high_j, before_s, after_s, change_s, and per unit of the phase launches_before and launches_after; its changes add
-    up to those of the whole.
-    ``work`` has gaps by the kind of kernel that ended them instead of by cause, ``modules`` kinds and causes by module.
-    Energies are NaN where a run has none.
+    high_j, before_s, after_s, change_s, launches_before, launches_after and verdict (more, less, not distinguishable,
+    or unknown where there is no interval); its changes add up to those of the whole.
+    ``work`` has gaps by the kind of kernel that ended them instead of by cause, ``modules`` kinds and causes by module:
+    it is empty where a run lacks operators, and *missing* says so. Energies are NaN where a run has none.
     """
 
     phase: str
@@ -57,6 +58,7 @@ class Difference:
     work: pd.DataFrame
     modules: pd.DataFrame
     checked: Checked | None
+    missing: tuple[str, ...] = ()
 
 
 def compare(before: Attribution, after: Attribution, against: str | None = None) -> list[Difference]:
@@ -93,8 +95,18 @@ def _difference(before: Attribution, after: Attribution, phase: str, prediction:
     scale = [1 / tokens(a, a.accounts[phase]) for a in (before, after)]
     checked = None if prediction is None else Checked(prediction, second.latency_s, second.energy_j)
 
+    caused = all(len(a.gaps) for a in (before, after))
+    operators = all(a.identified is not None for a in (before, after))
+    missing = []
+    if not caused:
+        missing.append("One of the runs recorded no host calls: its gaps have no cause, so all gaps are one row.")
+    if not operators:
+        missing.append("One of the runs has no operators (pass inspect): nothing can be compared by module.")
+
     def view(kernel_keys: list[str], gap_keys: list[str]) -> pd.DataFrame:
-        return _joined(*(_parts(a, phase, kernel_keys, gap_keys) for a in (before, after)))
+        return _joined(*(_parts(a, phase, kernel_keys, gap_keys, caused) for a in (before, after)))
+
+    modules = view(["kind", "module"], ["cause", "module"])
 
     return Difference(
         phase,
@@ -104,16 +116,22 @@ def _difference(before: Attribution, after: Attribution, phase: str, prediction:
         None if second.energy_j is None else second.energy_j.scaled(scale[1]),
         view(["kind"], ["cause"]),
         view(["kind"], ["kind"]),
-        view(["kind", "module"], ["cause", "module"]),
+        modules if operators else modules.iloc[:0],
         checked,
+        tuple(missing),
     )
 
 
-def _parts(attribution: Attribution, phase: str, kernel_keys: list[str], gap_keys: list[str]) -> pd.DataFrame:
-    """Return kernels, gaps and the residual of one token, with j, half_j, s and launches."""
+def _parts(
+    attribution: Attribution, phase: str, kernel_keys: list[str], gap_keys: list[str], caused: bool
+) -> pd.DataFrame:
+    """Return kernels, gaps (by cause if *caused*) and the residual of one token.
+
+    Columns: j, below_j and above_j (to the ends of its interval), s and launches.
+    """
     account = attribution.accounts[phase]
     kernels = attribution.split(phase, kernel_keys).assign(part="kernels")
-    if len(attribution.gaps):
+    if caused:
         gaps = attribution.split_gaps(phase, gap_keys).assign(part="gaps")
     else:
         # Without host calls all that is known of the gaps is their sum.
@@ -143,9 +161,10 @@ def _parts(attribution: Attribution, phase: str, kernel_keys: list[str], gap_key
         {
             **{key: rows[key].astype(object) for key in keys},
             "j": rows["energy_j"].astype(float) * scale,
-            "half_j": (rows["high_j"].astype(float) - rows["low_j"].astype(float)) / 2 * scale,
+            "below_j": (rows["energy_j"].astype(float) - rows["low_j"].astype(float)) * scale,
+            "above_j": (rows["high_j"].astype(float) - rows["energy_j"].astype(float)) * scale,
             "s": rows["duration_ns"].astype(float) / 1e9 * scale,
-            "launches": rows["launches"].astype(float),
+            "launches": rows["launches"].astype(float) * scale,
         }
     )
 
@@ -155,17 +174,19 @@ def _joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     sides = [frame.groupby(keys, dropna=False, sort=False).sum(min_count=1) for frame in (before, after)]
     both = sides[0].join(sides[1], how="outer", lsuffix="_before", rsuffix="_after")
     has_energy = not (before["j"].isna().all() or after["j"].isna().all())
-    # What one run does not have costs nothing there.
-    filled = both.fillna(0.0)
-    half = np.hypot(filled["half_j_before"], filled["half_j_after"])
+    # What one run does not have costs nothing there; what it has without an interval has none in the difference.
+    there = {side: both[f"s_{side}"].notna() for side in ("before", "after")}
+    filled = both.apply(lambda column: column.where(there[str(column.name).rpartition("_")[2]], 0.0))
     change_j = filled["j_after"] - filled["j_before"]
+    below = np.hypot(filled["below_j_after"], filled["above_j_before"])
+    above = np.hypot(filled["above_j_after"], filled["below_j_before"])
     frame = pd.DataFrame(
         {
             "before_j": filled["j_before"],
             "after_j": filled["j_after"],
             "change_j": change_j,
-            "low_j": change_j - half,
-            "high_j": change_j + half,
+            "low_j": change_j - below,
+            "high_j": change_j + above,
             "before_s": filled["s_before"],
             "after_s": filled["s_after"],
             "change_s": filled["s_after"] - filled["s_before"],
@@ -173,18 +194,22 @@ def _joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
             "launches_after": both["launches_after"],
         }
     ).reset_index()
+    frame["verdict"] = [verdict(*row) for row in zip(frame["low_j"], frame["high_j"], strict=True)]
     if not has_energy:
         frame[["before_j", "after_j", "change_j", "low_j", "high_j"]] = np.nan
     largest = frame["change_j"].abs() if has_energy else frame["change_s"].abs()
     return frame.loc[largest.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
 
+def verdict(low: float | None, high: float | None) -> str:
+    """Return in words what a change with this interval is."""
+    if low is None or high is None or low != low or high != high:
+        return "unknown"
+    return "more" if low > 0 else "less" if high < 0 else NOT_DISTINGUISHABLE
+
+
 def change(before: Estimate | None, after: Estimate | None) -> Estimate | None:
-    """Return *after* - *before* of two independent estimates."""
+    """Return *after* - *before* of two runs, None where one is not known."""
     if before is None or after is None:
         return None
-    value = after.value - before.value
-    if before.half_width is None or after.half_width is None:
-        return Estimate(value)
-    half = math.hypot(before.half_width, after.half_width)
-    return Estimate(value, value - half, value + half)
+    return after.of_another_run() - before

@@ -9,7 +9,7 @@ import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 
 # What is less of a phase than this is not worth a sentence.
 WORTH_TELLING = 0.02

@@ -11,8 +11,8 @@ from scipy.optimize import brentq
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate, combine
 from llmkern.attribute.tally import OP_COLUMNS, labelled
+from llmkern.estimate import Estimate
 from llmkern.explain.roofline import roofline
 from llmkern.explain.schedule import Schedule, schedule
 
@@ -252,26 +252,26 @@ def _predicted(fix: Fix, account: PhaseAccount, case: _Case, change: _Change) ->
         / max(float(case.kernels["duration_ns"].sum()), 1.0)
     )
     host_share = max(0.0, 1 - busy / predicted_s) if predicted_s > 0 else 0.0
-    half_s = None if latency.half_width is None else latency.half_width * factor * host_share
+
+    def seconds(weighed_s: np.ndarray) -> np.ndarray:
+        return predicted_s + (weighed_s - latency.value) * factor * host_share
+
+    after_s = latency.map(seconds)
     joule = None
-    if energy is not None and account.floor_w is not None and account.joules is not None:
-        floor_w, residual_j = account.floor_w, account.residual_j or 0.0
+    if energy is not None and account.floor_w is not None and account.kernel_j is not None:
         dynamic_j = float(case.kernels["dynamic_j"].to_numpy()[~change.gone].sum())
-        kernel_half = account.kernel_j.half_width if account.kernel_j is not None else None
-        whole_j = max(float(case.kernels["dynamic_j"].sum()), 1e-12)
-        joule = combine(
-            dynamic_j + floor_w.value * predicted_s + residual_j,
-            None if kernel_half is None else kernel_half * dynamic_j / whole_j,
-            None if half_s is None else floor_w.value * half_s,
-            None if floor_w.half_width is None else floor_w.half_width * predicted_s,
-        )
+        share = dynamic_j / max(float(case.kernels["dynamic_j"].sum()), 1e-12)
+        at_floor = account.floor_w.scaled(account.busy_s)
+        residual_j = account.residual_j or 0.0
+        kept = (account.kernel_j - at_floor).map(lambda j: np.maximum(j, 0.0) * share + residual_j)
+        joule = kept + account.floor_w * after_s
     return Prediction(
         fix.name,
         account.phase,
         account.unit,
         fix.change,
         fix.assumption,
-        combine(predicted_s, half_s),
+        after_s,
         joule,
         len(change.plan.op) / change.plan.steps,
         latency.value,

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
-from llmkern.explain.compare import Checked, Difference, change
+from llmkern.estimate import Estimate
+from llmkern.explain.compare import NOT_DISTINGUISHABLE, Checked, Difference, change, verdict
 from llmkern.report.heading import heading
 from llmkern.text import count, elided, quantity, with_interval
 
@@ -19,7 +19,10 @@ _BAR = 20
 # A narrower terminal needs its columns for names and numbers.
 _WIDE = 100
 _LEAST = 18
-_TITLES = ("before", "after", "change", "launches")
+_TITLES = ("before", "after", "change", "verdict", "launches")
+# The last one is left out where there is no room.
+_NARROW = _TITLES[:-1]
+_SHORT = {NOT_DISTINGUISHABLE: "unclear"}
 
 
 def print_difference(
@@ -37,18 +40,16 @@ def print_difference(
         console.print()
         console.print(_total(difference), highlight=False)
         for table in (
-            _bars(difference, "bars", "Kernels by kind, gaps by cause", top, console.width),
-            _bars(
-                difference,
-                "work",
-                "By the kind of work (gaps: of the kernel after)",
-                top,
-                console.width,
-            ),
-            _bars(difference, "modules", "By module", top, console.width),
+            _bars(difference, "bars", "Kernels by kind, gaps by cause, per token", top, console.width),
+            _bars(difference, "work", "By the kind of work, per token (gaps: of the kernel after)", top, console.width),
+            _bars(difference, "modules", "By module, per token", top, console.width),
         ):
+            if table.rows:
+                console.print()
+                console.print(table)
+        for sentence in difference.missing:
             console.print()
-            console.print(table)
+            console.print(sentence)
         if difference.checked is not None:
             console.print()
             for said in _checked(difference.checked):
@@ -82,11 +83,12 @@ def _bars(difference: Difference, view: str, title: str, top: int, width: int) -
     key, unit = ("change_j", "J") if has_energy else ("change_s", "s")
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     table.add_column("", no_wrap=True, overflow="ellipsis", ratio=1, min_width=_LEAST)
-    for column in _TITLES:
+    titles = _TITLES if wide else _NARROW
+    for column in titles:
         table.add_column(column, justify="right", no_wrap=True)
     if wide:
         table.add_column("", no_wrap=True, width=_BAR)
-    largest = max(float(rows[key].abs().max()), 1e-12)
+    largest = max(float(rows[key].abs().max()), 1e-12) if len(rows) else 1.0
     shown, rest = rows.head(top).to_dict("records"), rows.iloc[top:]
     if len(rest):
         sums = rest.sum(numeric_only=True).to_dict()
@@ -98,9 +100,11 @@ def _bars(difference: Difference, view: str, title: str, top: int, width: int) -
         name = " ".join(str(word) for word in words if word).replace("model.layers.", "")
         before, after = (quantity(row[f"{side}_{key[-1]}"], unit) for side in ("before", "after"))
         bar = [_bar(row[key] / largest)] if wide else []
-        cells.append([name, before, after, signed(estimate, unit), _launches(row), *bar])
+        told = verdict(row["low_j"], row["high_j"]) if has_energy else verdict(None, None)
+        numbers = (before, after, signed(estimate, unit), _SHORT.get(told, told), _launches(row))
+        cells.append([name, *numbers[: len(titles)], *bar])
     # What is left of the line beside the numbers, with two blanks between columns.
-    others = sum(2 + max([len(title), *(len(str(c[i])) for c in cells)]) for i, title in enumerate(_TITLES, 1))
+    others = sum(2 + max([len(title), *(len(str(c[i])) for c in cells)]) for i, title in enumerate(titles, 1))
     room = max(_LEAST, width - others - (_BAR + 2 if wide else 0))
     for name, *rest in cells:
         table.add_row(elided(name, room), *rest)
@@ -111,7 +115,9 @@ def _launches(row: dict[Any, Any]) -> str:
     before, after = row["launches_before"], row["launches_after"]
     if before != before and after != after:
         return ""
-    return " → ".join("0" if value != value else count(round(value)) for value in (before, after))
+    return " → ".join(
+        "0" if value != value else count(value if value < 10 else round(value)) for value in (before, after)
+    )
 
 
 def _bar(share: float) -> Text:

@@ -180,6 +180,14 @@ def _recorder(run: RunFolder, attribution: Attribution) -> list[str]:
             )
         elif effect.high < -RECORDER_LIMIT:
             found.append(f"Under the recorder {told} was faster, which no recorder does: the host was not the same.")
+    for account in attribution.accounts.values():
+        if account.is_traced_longer:
+            share = account.traced_busy_s / account.weight.latency_s.value
+            found.append(
+                f"Under the recorder the kernels of {account.phase} alone took {share:.0%} of its weighed latency: "
+                "how it splits is that of the traced run, scaled to the weighed one, and of its gaps nothing is known. "
+                "Trace it again on a quiet host."
+            )
     for weight in attribution.only_weighed:
         found.append(
             f"The timeline holds no whole {weight.phase}: its latency and energy are as weighed, where they went is "
@@ -234,12 +242,20 @@ def _groups(attribution: Attribution) -> list[str]:
 
 
 def _throttling(run: RunFolder) -> list[str]:
-    throttle = run.table("power", ["throttle"])["throttle"].dropna().astype("int64")
+    """Say what held the clock down in the windows that count: the tool's own test and replays are no part of a run."""
+    readings = run.table("power", ["timestamp_ns", "throttle"]).dropna()
+    ranges = run.table("ranges", where={"pass": "weigh"})
+    inside = np.zeros(len(readings), bool)
+    for start_ns, end_ns in ranges.loc[ranges["category"] == word.WINDOW, ["start_ns", "end_ns"]].itertuples(
+        index=False
+    ):
+        inside |= readings["timestamp_ns"].between(start_ns, end_ns).to_numpy()
+    throttle = readings.loc[inside, "throttle"].astype("int64")
     if throttle.empty:
         return []
     found = []
     for bit, name in _THROTTLE.items():
         share = float(((throttle & bit) != 0).mean())
         if share > 0.01:
-            found.append(f"The clock was held down by {name} in {share:.0%} of the readings.")
+            found.append(f"The clock was held down by {name} in {share:.0%} of the readings while the run was weighed.")
     return found

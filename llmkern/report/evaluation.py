@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llmkern.evaluate.verdict import Line, Spread, Statement
 from llmkern.report.html import is_page
@@ -31,14 +32,14 @@ def check_targets(csv_folder: Path | None, page: Path | None) -> None:
 def print_evaluation(statement: Statement, console: Console) -> None:
     """Print *statement*; the verdicts on the user's candidates are its first lines."""
     for verdict in statement.verdicts:
-        console.print(verdict.sentence, style=None if verdict.right else "bold red", markup=False, highlight=False)
+        console.print(verdict.sentence, style=None if verdict.right else "bold red")
     if statement.verdicts:
         console.print()
     timed = [line for line in statement.lines if line.cold_us is not None]
-    console.print(roof_sentence(statement), markup=False, highlight=False)
+    console.print(roof_sentence(statement))
     for key, lines in by_case(statement).items():
         console.print()
-        console.print(key, style="bold", markup=False, highlight=False)
+        console.print(key, style="bold")
         console.print(_case_table(lines, bool(timed)))
     if statement.fits:
         console.print()
@@ -50,10 +51,10 @@ def print_evaluation(statement: Statement, console: Console) -> None:
         console.print(_resource_table(timed))
     if statement.in_model:
         console.print()
-        console.print(f"Decode of {statement.evaluation.request.in_model}", style="bold", markup=False)
+        console.print(f"Decode of {statement.evaluation.request.in_model}", style="bold")
         console.print(_model_table(statement))
     for doubt in statement.doubts:
-        console.print(f"* {doubt}", markup=False, highlight=False)
+        console.print(f"* {doubt}")
 
 
 def roof_sentence(statement: Statement) -> str:
@@ -120,11 +121,9 @@ def _case_table(lines: list[Line], timed: bool) -> Table:
     return table
 
 
-def _name(line: Line) -> str:
-    from rich.markup import escape
-
-    name = escape(elided(line.row.candidate, _NAME))
-    return name if line.right else f"[red]{name}[/red] wrong"
+def _name(line: Line) -> Text:
+    name = Text(elided(line.row.candidate, _NAME))
+    return name if line.right else name.append(" wrong", style="red")
 
 
 def accuracy(line: Line) -> tuple[str, str]:
@@ -212,23 +211,15 @@ def _resource_table(lines: list[Line]) -> Table:
         )
         if shown not in seen:
             seen.add(shown)
-            table.add_row(*map(_plain, shown))
+            table.add_row(*shown)
     return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _model_table(statement: Statement) -> Table:
     table = _table("layers", "ms/token", "J/token", "logits' rel. L2")
     for row in statement.in_model:
         joule = UNKNOWN if row.token_j is None else "{:.3f} [{:.3f}, {:.3f}]".format(*row.token_j)
-        table.add_row(
-            _plain(row.name), "{:.2f} [{:.2f}, {:.2f}]".format(*row.token_ms), joule, number(row.logits_rel_l2, 4)
-        )
+        table.add_row(row.name, "{:.2f} [{:.2f}, {:.2f}]".format(*row.token_ms), joule, number(row.logits_rel_l2, 4))
     return table
 
 

@@ -19,7 +19,7 @@ import vl_convert
 from llmkern import __version__
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference, compare, tokens
 from llmkern.explain.finding import Finding, share_of
@@ -171,9 +171,9 @@ def _tiles(attribution: Attribution) -> list[dict[str, str]]:
 
 
 def _tile(estimate: Estimate, unit: str, label: str) -> dict[str, str]:
-    value, _, doubt = with_interval(estimate, unit).partition(" ± ")
-    name = doubt.rpartition(" ")[2] if doubt else ""
-    return {"value": f"{value} {name}".strip(), "label": label, "doubt": f"± {doubt}" if doubt else ""}
+    value, _, doubt = with_interval(estimate, unit).partition(" [")
+    ends, _, name = doubt.rpartition("] ")
+    return {"value": f"{value} {name}".strip(), "label": label, "doubt": f"{ends.replace(', ', ' to ')} {name}".strip()}
 
 
 def _finding(finding: Finding, attribution: Attribution) -> dict[str, Any]:

@@ -11,12 +11,13 @@ import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
 from llmkern.errors import RecordingError, UsageError
+from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference, change, tokens
 from llmkern.explain.finding import Finding
 from llmkern.explain.whatif import Prediction
+from llmkern.text import visible
 
 
 def phase_table(attribution: Attribution) -> pd.DataFrame:
@@ -78,11 +79,27 @@ def write_csv(tables: dict[str, pd.DataFrame], folder: Path) -> list[Path]:
         written = []
         for name, table in tables.items():
             path = folder / f"{name}.csv"
-            table.to_csv(path, index=False)
+            _harmless(table).to_csv(path, index=False)
             written.append(path)
     except OSError as error:
         raise RecordingError(f"writing to {folder} failed ({error.strerror}): choose another folder.") from error
     return written
+
+
+# What a spreadsheet takes for a formula (OWASP, CSV injection).
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _harmless(table: pd.DataFrame) -> pd.DataFrame:
+    """Return *table* with text that a spreadsheet would run as a formula behind an apostrophe, and no control codes."""
+
+    def quoted(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return visible(f"'{value}" if value.startswith(_FORMULA) else value)
+
+    text = [c for c in table.columns if not pd.api.types.is_numeric_dtype(table[c])]
+    return table.assign(**{column: table[column].astype(object).map(quoted) for column in text})
 
 
 def finding_facts(finding: Finding) -> dict[str, Any]:

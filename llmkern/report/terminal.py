@@ -14,16 +14,19 @@ from rich.text import Text
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.calibration import calibrate, choose, describe
-from llmkern.attribute.estimate import Estimate
 from llmkern.attribute.memory import memory_energy
+from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.report.heading import heading
 from llmkern.report.why import print_findings, print_predictions
 from llmkern.runfolder import RunFolder
-from llmkern.text import count, gap_name, quantity, short_name, with_interval
+from llmkern.text import count, elided, gap_name, quantity, short_name, with_interval
 
 # The low end of what CPU-energy studies use for DDR DIMMs: 3 W per 8 GB (CodeCarbon's methodology page).
 RAM_W_PER_GIB = 0.375
+_LEAST_NAME, _TITLES_ROOM = 10, 6
+# Two phases with their intervals fit beside one another.
+_WIDE = 100
 
 
 def print_report(explanation: Explanation, uncertain: list[str], console: Console, top: int = 8) -> None:
@@ -44,19 +47,21 @@ def print_report(explanation: Explanation, uncertain: list[str], console: Consol
             console.print(_weighed_table(attribution))
         print_findings(explanation, console)
         print_predictions(explanation, console)
-        console.print()
-        console.print(_side_by_side("kind", attribution, attribution.split))
-        if len(attribution.gaps):
-            console.print()
-            console.print(_side_by_side("cause", attribution, attribution.split_gaps))
+        for key, split in (("kind", attribution.split), ("cause", attribution.split_gaps)):
+            if key == "kind" or len(attribution.gaps):
+                for accounts in _beside(list(attribution.accounts.values()), console.width):
+                    console.print()
+                    console.print(_side_by_side(key, accounts, split))
         for account in reversed(list(attribution.accounts.values())):
             console.print()
             console.print(_top(attribution, account, "kernels", top))
             console.print()
-            console.print(_gaps(attribution, account, top))
+            console.print(_gaps(attribution, account, top, console.width))
             if attribution.identified is not None:
                 console.print()
-                console.print(_operators(account, attribution.split(account.phase, ["op", "module"]), top))
+                console.print(
+                    _operators(account, attribution.split(account.phase, ["op", "module"]), top, console.width)
+                )
     elif attribution.weighed is not None:
         console.print("The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:")
         console.print(_weighed_table(attribution))
@@ -89,7 +94,8 @@ def _phase_table(run: RunFolder, attribution: Attribution) -> Table:
             return "–"
         value = part if isinstance(part, float) else part.value
         text = quantity(part, "J") if isinstance(part, float) else with_interval(part, "J")
-        return f"{text} ({value / account.weight.energy_j.value:.0%})"
+        share = f"{value / account.weight.energy_j.value:.0%}"
+        return f"{text} ({'0%' if share == '-0%' else share})"
 
     def per_second(account: PhaseAccount) -> str:
         # What one range of another tool's capture computes, nothing says.
@@ -151,9 +157,13 @@ def _weighed_table(attribution: Attribution) -> Table:
     return table
 
 
-def _side_by_side(key: str, attribution: Attribution, split: Callable[[str, list[str]], pd.DataFrame]) -> Table:
-    """Return what *split* says by *key*, phases side by side, in the order of the last phase."""
-    accounts = list(attribution.accounts.values())
+def _beside(accounts: list[PhaseAccount], width: int) -> list[list[PhaseAccount]]:
+    """Return which phases a table has beside one another: all, or on a narrow terminal one, the last first."""
+    return [accounts] if width >= _WIDE else [[account] for account in reversed(accounts)]
+
+
+def _side_by_side(key: str, accounts: list[PhaseAccount], split: Callable[[str, list[str]], pd.DataFrame]) -> Table:
+    """Return what *split* says by *key*, *accounts* side by side, in the order of the last."""
     title = {"kind": "Kernels by kind", "cause": "Gaps by cause"}[key]
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
     table.add_column(key)
@@ -199,7 +209,7 @@ def _top(attribution: Attribution, account: PhaseAccount, what: str, top: int) -
     return table
 
 
-def _gaps(attribution: Attribution, account: PhaseAccount, top: int) -> Table:
+def _gaps(attribution: Attribution, account: PhaseAccount, top: int, width: int) -> Table:
     """Return where the host was late, or, where that is not known, between which kernels the device was idle."""
     if attribution.gaps.empty or attribution.identified is None:
         return _top(attribution, account, "gaps", top)
@@ -211,10 +221,25 @@ def _gaps(attribution: Attribution, account: PhaseAccount, top: int) -> Table:
     for column in ("count", *_columns(account)):
         table.add_column(column, justify="right", no_wrap=True)
     rows = _sorted(attribution.split_gaps(account.phase, ["cause", "op", "module"]), account)
-    for row in rows.head(top).to_dict("records"):
-        cells = _operator_and_module(row)
-        table.add_row(str(row["cause"]), *cells, count(float(row["launches"])), *_time_and_energy(row, account))
+    cells = [
+        (*_operator_and_module(row), str(row["cause"]), count(float(row["launches"])), *_time_and_energy(row, account))
+        for row in rows.head(top).to_dict("records")
+    ]
+    for op, module, cause, *numbers in _fitted(cells, width):
+        table.add_row(cause, op, module, *numbers)
     return table
+
+
+def _fitted(cells: list[tuple[str, ...]], width: int) -> list[tuple[str, ...]]:
+    """Return *cells*, whose first two are names, with these cut in their middle to what the others leave of *width*."""
+    if not cells:
+        return cells
+    others = sum(1 + max(len(row[i]) for row in cells) for i in range(2, len(cells[0])))
+    # A title may be wider than what stands under it.
+    room = max(2 * _LEAST_NAME, width - others - 2 - _TITLES_ROOM)
+    longest = [max(len(row[i]) for row in cells) for i in range(2)]
+    first = min(longest[0], max(room // 2, room - longest[1]))
+    return [(elided(row[0], first), elided(row[1], max(_LEAST_NAME, room - first)), *row[2:]) for row in cells]
 
 
 def _operator_and_module(row: dict[Any, Any]) -> tuple[str, str]:
@@ -223,16 +248,19 @@ def _operator_and_module(row: dict[Any, Any]) -> tuple[str, str]:
     return name, str(row["module"]).removeprefix("model.layers.")
 
 
-def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int) -> Table:
+def _operators(account: PhaseAccount, rows: pd.DataFrame, top: int, width: int) -> Table:
     title = f"Top operators of {account.phase}, per {account.unit}"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, expand=True)
     table.add_column("operator", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("module", ratio=1, no_wrap=True, overflow="ellipsis")
     for column in ("kernels", *_columns(account)):
         table.add_column(column, justify="right", no_wrap=True)
-    for row in _sorted(rows, account).head(top).to_dict("records"):
-        cells = _operator_and_module(row)
-        table.add_row(*cells, count(float(row["launches"])), *_time_and_energy(row, account))
+    cells = [
+        (*_operator_and_module(row), count(float(row["launches"])), *_time_and_energy(row, account))
+        for row in _sorted(rows, account).head(top).to_dict("records")
+    ]
+    for row in _fitted(cells, width):
+        table.add_row(*row)
     return table
 
 

@@ -58,8 +58,13 @@ def print_predictions(explanation: Explanation, console: Console) -> None:
                 continue
             before, after = made.energy_before_j, made.energy_j
             saved = "" if before is None or after is None else f"{1 - after.value / before:.0%}"
-            unit = f"{made.phase}, per {made.unit}"
-            table.add_row(made.name, unit, with_interval(made.latency_s, "s"), with_interval(after, "J"), saved)
+            table.add_row(
+                made.name,
+                f"{made.phase} {made.unit}",
+                with_interval(made.latency_s, "s"),
+                with_interval(after, "J"),
+                saved,
+            )
     console.print()
     console.print(table)
     for made in {p.name: p for p in explanation.predictions}.values():

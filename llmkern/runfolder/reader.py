@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -20,6 +21,8 @@ from llmkern.runfolder.schema import DERIVED, TABLES
 from llmkern.runfolder.validate import check, conform
 from llmkern.runfolder.writer import crc32_of, is_locked
 
+# Read by the columns and passes that are asked for: ten million rows are not kept for what may come.
+_LARGE = ("kernels", "launches")
 _SEGMENT = re.compile(r"^(\w+)-(\d{6})(?:-([0-9a-f]{8}))?$")
 
 
@@ -51,6 +54,7 @@ class RunFolder:
         # What could not be read and was left out, in sentences.
         self.problems: list[str] = []
         self._verified: set[Path] = set()
+        self._kept: dict[tuple[Any, ...], pd.DataFrame] = {}
         self._segments = self._find_segments()
         self.problems += self._missing()
 
@@ -74,9 +78,24 @@ class RunFolder:
     ) -> pd.DataFrame:
         """Return table *name* (its *columns*, the rows *where* a column has a value); an absent table has no rows.
 
-        Segments of an interrupted run are read as well. Raises RunFolderError for a file that is damaged, lacks columns
-        or holds values that no run has.
+        Segments of an interrupted run are read as well, every file once: all tables but the largest are kept. Raises
+        RunFolderError for a file that is damaged, lacks columns or holds values that no run has.
         """
+        if name in _LARGE:
+            key = (name, tuple(columns or ()), tuple(sorted((where or {}).items(), key=str)))
+            if key not in self._kept:
+                self._kept[key] = self._table(name, columns, where)
+            return self._kept[key].copy(deep=False)
+        if (name, (), ()) not in self._kept:
+            self._kept[name, (), ()] = self._table(name, None, None)
+        frame = self._kept[name, (), ()]
+        for column, value in (where or {}).items():
+            frame = frame[frame[column] == value]
+        if where:
+            frame = frame.reset_index(drop=True)
+        return (frame if columns is None else frame[columns]).copy(deep=False)
+
+    def _table(self, name: str, columns: list[str] | None, where: Mapping[str, object] | None) -> pd.DataFrame:
         wanted = columns or TABLES[name].names
         chosen = [(column, "==", value) for column, value in (where or {}).items()] or None
         parts = [self._read(file, name, wanted, chosen) for file in self._files(name)]

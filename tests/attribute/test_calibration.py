@@ -68,7 +68,7 @@ def test_a_sensor_that_does_not_move_is_blind() -> None:
     times = np.arange(0.0, 3.0, 0.02)
     found = respond("flat", times, np.full(len(times), REST_W), on)
     assert (found.step_w, found.lag_ms) == (None, None)
-    assert "not seen" in describe(found)
+    assert "lost in its noise" in describe(found)
     assert respond("few", times[:3], times[:3], on).step_w is None
     assert describe(respond("none", times[:0], times[:0], on)) == "none silent"
 

@@ -19,7 +19,8 @@ ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<8, at::native::Mul
         (LINEAR, "model.layers.*.mlp.up_proj", "1x512x3584 18944x3584", "nvjet_sm90_tst_192x128", "gemm"),
         (LINEAR, "lm_head", "1x1x3584 152064x3584", "void cublasLt::splitKreduce_kernel<32>", "gemv"),
         (LINEAR, "lm_head", "16x1x3584 152064x3584", "nvjet_sm90_tst_64x8", "gemm"),
-        (INT8, "q_proj", "1x3584 1x3584", "void cutlass::Kernel2<cutlass_80_tensorop_i16832gemm_s8>", "gemm"),
+        (INT8, "q_proj", "1x3584 1x3584", "void cutlass::Kernel2<cutlass_80_tensorop_i16832gemm_s8>", "gemv"),
+        (INT8, "q_proj", "512x3584 512x3584", "void cutlass::Kernel2<cutlass_80_tensorop_i16832gemm_s8>", "gemm"),
         (INT8, "q_proj", "1x3584 1x3584", "void kdequant_mm_int32_fp16<4, 512>", "dequantize"),
         (INT8, "q_proj", "1x3584 1x3584", "void at::native::index_elementwise_kernel<128>", "outlier"),
         (INT8, "q_proj", "1x3584 1x3584", "memcpy DtoD (device)", "outlier"),
@@ -72,7 +73,7 @@ def test_a_frame_is_answered_row_by_row() -> None:
 
 @pytest.mark.parametrize(
     ("op", "kind"),
-    [("bitsandbytes.int8_mixed_scaled_mm.default", "gemm"), (f"bitsandbytes.{QUANT}.default", "quantize")],
+    [("bitsandbytes.int8_mixed_scaled_mm.default", "gemv"), (f"bitsandbytes.{QUANT}.default", "quantize")],
 )
 def test_on_the_cpu_an_operator_is_what_it_is_for(op: str, kind: str) -> None:
     assert kind_of(op, "model.layers.*.mlp.up_proj", "1x1x8 8x8", op) == kind

@@ -9,7 +9,7 @@ import pytest
 
 from llmkern.attribute.attribution import attribute
 from llmkern.errors import UsageError
-from llmkern.explain.compare import compare
+from llmkern.explain.compare import NOT_DISTINGUISHABLE, compare, verdict
 from tests.recorded import recorded
 from tests.synthetic import synthetic_run
 
@@ -24,7 +24,11 @@ def test_changes_add_up_to_the_measured_difference(pair: tuple[str, str]) -> Non
         assert difference.after_j is not None
         whole_j = difference.after_j.value - difference.before_j.value
         whole_s = difference.after_s.value - difference.before_s.value
-        for view in (difference.bars, difference.work, difference.modules):
+        views = [difference.bars, difference.work]
+        # bf16 was recorded without operators: by module there is nothing to compare.
+        views += [difference.modules] if len(difference.modules) else []
+        assert bool(len(difference.modules)) == ("bf16" not in pair)
+        for view in views:
             assert view["change_j"].sum() == pytest.approx(whole_j)
             assert view["change_s"].sum() == pytest.approx(whole_s)
             assert view["before_j"].sum() == pytest.approx(difference.before_j.value)
@@ -84,3 +88,33 @@ def test_runs_that_share_no_phase_are_one_sentence(tmp_path: Path) -> None:
     (run.path / "ranges.parquet").unlink()
     with pytest.raises(UsageError, match="share no phase"):
         compare(attribute(run), recorded("int4"))
+
+
+def test_every_change_has_a_verdict() -> None:
+    decode = compare(recorded("bf16-operators"), recorded("int8"))[0]
+    told = decode.bars.set_index("name")["verdict"]
+    assert (told["outlier"], told["gemv"]) == ("more", "less")
+    for difference in compare(recorded("int8"), recorded("int8")):
+        known = difference.bars[difference.bars["low_j"].notna() & (difference.bars["name"] != "residual")]
+        assert set(known["verdict"]) == {NOT_DISTINGUISHABLE}
+    assert [verdict(*ends) for ends in ((None, None), (-1.0, 1.0), (0.5, 1.0), (-2.0, -1.0))] == [
+        "unknown",
+        NOT_DISTINGUISHABLE,
+        "more",
+        "less",
+    ]
+
+
+def test_what_one_run_lacks_is_said_and_not_compared() -> None:
+    decode = compare(recorded("bf16"), recorded("int8"))[0]
+    assert len(decode.modules) == 0
+    assert any("nothing can be compared by module" in sentence for sentence in decode.missing)
+    assert compare(recorded("bf16-operators"), recorded("int8"))[0].missing == ()
+
+
+def test_an_unknown_interval_stays_unknown(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run", rounds=2)
+    decode = compare(attribute(run), recorded("int4"))[0]
+    gaps = decode.bars[decode.bars["part"] == "gaps"]
+    assert gaps["low_j"].isna().any()
+    assert set(gaps.loc[gaps["low_j"].isna(), "verdict"]) == {"unknown"}

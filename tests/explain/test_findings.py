@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.explain.finding import Finding
 from llmkern.explain.findings import FINDINGS, findings
 from llmkern.explain.findings.padding import padding

@@ -67,7 +67,40 @@ def test_a_clock_held_down_is_named_with_its_share(tmp_path: Path) -> None:
     columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
     write_table(run.path, "power", columns)
     run = RunFolder(run.path)
-    assert "held down by the software power cap in 100% of the readings" in said(run)
+    assert "held down by the software power cap in 100% of the readings while the run was weighed" in said(run)
+
+
+def test_what_holds_the_clock_down_outside_of_the_windows_is_not_told(tmp_path: Path) -> None:
+    """R2: 63 % of the readings were those of the tool's own test and replays."""
+    run, _ = synthetic_run(tmp_path / "run")
+    power, ranges = run.table("power"), run.table("ranges")
+    windows = ranges[(ranges["category"] == "window") & (ranges["pass"] == "weigh")]
+    inside = np.zeros(len(power), bool)
+    for start_ns, end_ns in windows[["start_ns", "end_ns"]].itertuples(index=False):
+        inside |= power["timestamp_ns"].between(start_ns, end_ns).to_numpy()
+    power.loc[(power["sensor"] == "instant") & ~inside, "throttle"] = 0x4
+    columns = {c: pa.array(power[c].astype(object), from_pandas=True) for c in power.columns}
+    write_table(run.path, "power", columns)
+    assert "held down" not in said(RunFolder(run.path))
+
+
+def test_a_traced_run_longer_than_the_weighed_one_is_said_and_no_share_is_over_the_whole(tmp_path: Path) -> None:
+    """R5: shares of 427 % beside a busy clipped to 100 %."""
+    run, _ = synthetic_run(tmp_path / "run")
+    kernels = run.table("kernels")
+    kernels["end_ns"] = kernels["start_ns"] + 8 * (kernels["end_ns"] - kernels["start_ns"])
+    columns = {c: pa.array(kernels[c].astype(object), from_pandas=True) for c in kernels.columns}
+    write_table(run.path, "kernels", columns)
+    run = RunFolder(run.path)
+    attribution = attribute(run)
+    decode = attribution.accounts["decode"]
+    assert decode.is_traced_longer
+    assert decode.busy_share == 1.0
+    assert decode.gap_s.value == 0.0
+    assert "Under the recorder the kernels of decode alone took" in said(run)
+    for phase, account in attribution.accounts.items():
+        kinds = attribution.split(phase, ["kind"])
+        assert (kinds["energy_j"] <= account.weight.energy_j.value).all()  # type: ignore[union-attr]
 
 
 def test_a_floor_measured_at_another_temperature_is_said(tmp_path: Path) -> None:

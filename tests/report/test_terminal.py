@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
@@ -98,10 +98,15 @@ def test_quantities(value: float | None, unit: str, text: str) -> None:
 
 
 def test_intervals() -> None:
-    assert with_interval(Estimate(6.1, 6.0, 6.2, 5), "J") == "6.10 ± 0.10 J"
-    assert with_interval(Estimate(0.156, 0.150, 0.162, 5), "s") == "156 ± 6 ms"
+    assert with_interval(Estimate(6.1, 6.0, 6.2, 5), "J") == "6.10 [6.00, 6.20] J"
+    assert with_interval(Estimate(0.156, 0.150, 0.162, 5), "s") == "156 [150, 162] ms"
     assert with_interval(Estimate(6.1), "J") == "6.10 J"
     assert with_interval(None, "J") == "–"
+    # R3: lopsided, of several sizes, on both sides of zero
+    assert with_interval(Estimate(19.5, 13.97, 20.36, 6), "J") == "19.5 [14.0, 20.4] J"
+    assert with_interval(Estimate(0.0, -0.42322906, 0.42322906, 6), "s") == "0 [-423, 423] ms"
+    assert with_interval(Estimate(0.183, 0.1535, 0.2495, 6), "s") == "183 [154, 250] ms"
+    assert with_interval(Estimate(0.8e-3, -0.1, 1.3, 6), "J") == "0.00 [-0.10, 1.30] J"
 
 
 def test_counts() -> None:

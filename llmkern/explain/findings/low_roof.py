@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
+from llmkern.estimate import Estimate
 from llmkern.explain.finding import WORTH_TELLING, Finding, operator_name, readable, share_of
 from llmkern.explain.roofline import roofline
 
@@ -20,7 +21,8 @@ def low_roof(attribution: Attribution) -> list[Finding]:
         above_s = float((own["duration_ns"] - own["floor_ns"]).sum()) / 1e9
         energy_j = None
         if account.floor_w is not None and own["waste_j"].notna().all():
-            energy_j = account.floor_w.scaled(above_s)
+            # How far bytes and FLOPs are those of the kernel, no interval says.
+            energy_j = Estimate(account.floor_w.value * above_s)
         share = share_of(account, energy_j, above_s)
         if share < WORTH_TELLING:
             continue

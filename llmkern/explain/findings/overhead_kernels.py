@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.estimate import Estimate
+from llmkern.estimate import Estimate
 from llmkern.explain.finding import WORTH_TELLING, Finding, cost, readable, share_of
 from llmkern.text import quantity, with_interval
 

@@ -42,7 +42,7 @@ def power_cap(attribution: Attribution) -> list[Finding]:
                 None,
                 None,
                 "share of sensor readings with NVML's throttle reason 'software power cap'",
-                "readings every 20 to 100 ms stand for the time between them",
+                f"{len(chosen)} readings stand for the time between them",
                 "none for energy: a lower clock does the same work with fewer joules; for latency, raise the limit",
                 evidence,
             )
