@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from llmkern.errors import LlmkernError
 from llmkern.record.device.rapl import package_zones
@@ -146,6 +147,6 @@ def print_findings(findings: list[Finding], console: Console) -> None:
     for title in ("", "state", "found", "next step"):
         table.add_column(title, overflow="fold")
     for finding in findings:
-        state = f"[{_STYLE[finding.state]}]{finding.state}[/]"
+        state = Text(finding.state, style=_STYLE[finding.state])
         table.add_row(finding.what, state, finding.found, finding.step)
     console.print(table)

@@ -290,7 +290,7 @@ def finish(writer: RunWriter, stages: Stages, **facts: Any) -> None:
         writer.merge(advance)
     try:
         with stages.stage("Attributing"):
-            frame = attribute(RunFolder(writer.path)).frame
+            frame = attribute(RunFolder(writer.path)).table()
             if len(frame):
                 writer.put("attribution", {column: frame[column] for column in frame.columns})
     finally:

@@ -6,10 +6,10 @@ import io
 
 import pytest
 import torch
-from rich.console import Console
 
 from llmkern import doctor
 from llmkern.doctor import LIMITED, MISSING, OK, Finding, examine, print_findings
+from llmkern.report.console import PlainConsole
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_without_a_gpu_it_says_what_still_works(findings: list[Finding]) -> None
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_it_fits_the_terminal(findings: list[Finding], width: int) -> None:
-    console = Console(file=io.StringIO(), width=width)
+    console = PlainConsole(file=io.StringIO(), width=width)
     print_findings(findings, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +47,14 @@ class Attribution:
     host: Weighed | None
     sensor: str
     device: int | None
+    # What was made of it already: splits, roofs. Frames in here are handed out as copies.
+    memo: dict[Any, pd.DataFrame] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """Return a copy of what *make* returns; it is called the first time that *key* is asked for."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key].copy(deep=False)
 
     @property
     def only_weighed(self) -> list[PhaseWeight]:
@@ -70,14 +80,47 @@ class Attribution:
 
         The longest comes first; the number of a layer is written as ``*``.
         """
-        return _split(self.accounts[phase], self.kernels[self.kernels["phase"] == phase], keys)
+        return self.once(
+            ("kernels", phase, *keys),
+            lambda: _split(self.accounts[phase], self.kernels[self.kernels["phase"] == phase], keys),
+        )
+
+    def table(self) -> pd.DataFrame:
+        """Return table ``attribution``: a row per kernel, gap and residual of one unit of each phase.
+
+        *part* is kernels, gaps or residual; *kind*, *op*, *module* and *name* are those of the kernel, for a gap of
+        the one that ended it, and *cause* is the gap's. Sums of energy_j over parts, kinds and causes are those of a
+        report.
+        """
+        parts = [self._rows_of(phase) for phase in self.accounts]
+        frame = pd.concat(parts or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
+        return frame.assign(device=self.run.facts.device.index)
+
+    def _rows_of(self, phase: str) -> pd.DataFrame:
+        account = self.accounts[phase]
+        parts = [self.split(phase, ["kind", "op", "module", "name"]).assign(part="kernels", cause=None)]
+        if len(self.gaps):
+            gaps = self.split_gaps(phase, ["cause", "kind", "op", "module", "name"])
+        else:
+            own = self.frame[(self.frame["phase"] == phase) & (self.frame["kind"] == "gap")]
+            gaps = own.drop(columns=["phase", "unit"]).assign(
+                cause="unknown", kind=None, op=None, module=None, name=own["name"].str.partition(" → ")[2]
+            )
+        parts.append(gaps.assign(part="gaps"))
+        rest = self.frame[(self.frame["phase"] == phase) & (self.frame["kind"] == "residual")]
+        rest = rest.drop(columns=["phase", "unit"])
+        parts.append(rest.assign(part="residual", cause=None, op=None, module=None))
+        return pd.concat([p for p in parts if len(p)], ignore_index=True).assign(phase=phase, unit=account.unit)
 
     def split_gaps(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``gaps``), launches (their count), duration_ns and energies per unit of *phase*.
 
         Counts are those of the traced pass; times are scaled to the weighed gap time, which no recorder has lengthened.
         """
-        return _gaps_at_floor(self.accounts[phase], self.gaps[self.gaps["phase"] == phase], keys)
+        return self.once(
+            ("gaps", phase, *keys),
+            lambda: _gaps_at_floor(self.accounts[phase], self.gaps[self.gaps["phase"] == phase], keys),
+        )
 
 
 def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:

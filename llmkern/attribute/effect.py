@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
@@ -29,7 +29,7 @@ def recorder_effects(run: RunFolder) -> dict[str, Estimate]:
         if len(both) < LEAST_PAIRS:
             continue
         logs = np.log([recorded[phase][pair] / bare[phase][pair] for pair in both])
-        half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
+        half = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs)))
         middle = float(logs.mean())
         low, value, high = (float(np.expm1(x)) for x in (middle - half, middle, middle + half))
         found[phase] = Estimate(value, low, high, len(both))

@@ -201,20 +201,22 @@ def estimate_marginals(
     guess_j = np.minimum(traits @ prior, most_j / 2)
     width_j = np.maximum(np.minimum(math.expm1(PRIOR_SIGMA) * guess_j, (most_j - guess_j) / 2), 1e-9)
     ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j)
-    values = _solve(counts, dynamic_j, sigma_j, guess_j, width_j, ties, np.zeros(len(ties)))
+    problem = _Problem(counts, sigma_j, width_j, ties)
+    (values,) = problem.solved(dynamic_j[None], guess_j[None], np.zeros((1, len(ties))))
     random = np.random.default_rng(seed)
     model = counts @ values
     spread = sigma_j * _excess(ordered, (dynamic_j - model) / sigma_j)
     degrees = np.array([w.degrees for w in ordered])
     level_draws, slope_draws = doubt.draws()
-    draws = np.empty((DRAWS, len(owners)))
+    drawn, priors, apart = [], [], []
     for i in range(DRAWS):
         floor_j = (level_draws[i] + slope_draws[i] * degrees) * seconds
-        drawn_j = model + random.normal(0.0, spread) - floor_j
+        drawn.append(model + random.normal(0.0, spread) - floor_j)
         # One guess is wrong by one factor wherever it is used.
         prior_j = guess_j * np.exp(random.normal(0.0, PRIOR_SIGMA, len(names)))[owners]
-        prior_j = np.minimum(prior_j, np.maximum(guess_j, most_j - width_j))
-        draws[i] = _solve(counts, drawn_j, sigma_j, prior_j, width_j, ties, random.normal(0.0, 1.0, len(ties)))
+        priors.append(np.minimum(prior_j, np.maximum(guess_j, most_j - width_j)))
+        apart.append(random.normal(0.0, 1.0, len(ties)))
+    draws = problem.solved(np.array(drawn), np.array(priors), np.array(apart))
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
     return Marginals(unknowns, prior, values, draws, level_draws, slope_draws, groups, residuals, condition)
@@ -291,25 +293,45 @@ def _alone_j(windows: Sequence[Window], counts: np.ndarray, dynamic_j: np.ndarra
     return float(dynamic_j[own].sum()) / total if total > 0 else 0.0
 
 
-def _solve(
-    counts: np.ndarray,
-    dynamic_j: np.ndarray,
-    sigma_j: np.ndarray,
-    prior_j: np.ndarray,
-    width_j: np.ndarray,
-    ties: np.ndarray,
-    apart: np.ndarray,
-) -> np.ndarray:
-    """Return the non-negative joules per launch that fit the windows, drawn to the prior where they leave a choice.
+@dataclass(frozen=True)
+class _Problem:
+    """Non-negative least squares for joules per launch that fit windows, drawn to a prior where these leave a choice.
 
-    *apart* is by how many sigmas the *ties* are off.
+    Everything is scaled to the prior's width: joules per launch span five orders of magnitude.
     """
-    # Scaled to the prior: joules per launch span five orders of magnitude.
-    rows = np.vstack([counts * width_j / sigma_j[:, None], np.eye(len(width_j)), ties * width_j])
-    right = np.concatenate([dynamic_j / sigma_j, prior_j / width_j, apart])
-    solution, _ = nnls(rows, right, maxiter=50 * rows.shape[1])
-    result: np.ndarray = solution * width_j
-    return result
+
+    counts: np.ndarray
+    sigma_j: np.ndarray
+    width_j: np.ndarray
+    ties: np.ndarray
+
+    def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> np.ndarray:
+        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (by how many sigmas the ties are off).
+
+        All but the first are solved at once with the unknowns above zero that the solution before had; where that is no
+        solution (one below zero, or one at zero that should not be), one by one.
+        """
+        rows = np.vstack(
+            [self.counts * self.width_j / self.sigma_j[:, None], np.eye(len(self.width_j)), self.ties * self.width_j]
+        )
+        right = np.hstack([dynamic_j / self.sigma_j, prior_j / self.width_j, apart])
+        found = np.zeros((len(right), rows.shape[1]))
+        left = np.arange(len(right))
+        while len(left):
+            first, left = left[0], left[1:]
+            found[first], _ = nnls(rows, right[first], maxiter=50 * rows.shape[1])
+            positive = found[first] > 0
+            if not len(left) or not positive.any():
+                continue
+            basis, triangle = np.linalg.qr(rows[:, positive])
+            tried = np.linalg.solve(triangle, basis.T @ right[left].T).T
+            # What is at zero stays there if more of it would fit worse.
+            slope = (tried @ rows[:, positive].T - right[left]) @ rows[:, ~positive]
+            holds = (tried >= 0).all(axis=1) & (slope >= 0).all(axis=1)
+            found[np.ix_(left[holds], positive)] = tried[holds]
+            left = left[~holds]
+        solution: np.ndarray = found * self.width_j
+        return solution
 
 
 def _prior_weights(counts: np.ndarray, traits: np.ndarray, dynamic_j: np.ndarray, sigma_j: np.ndarray) -> np.ndarray:

@@ -61,7 +61,7 @@ def import_capture(
         if weighed is not None:
             _add_energy(writer, weighed)
         writer.merge()
-        frame = attribute(RunFolder(writer.path)).frame
+        frame = attribute(RunFolder(writer.path)).table()
         if len(frame):
             writer.put("attribution", {column: frame[column] for column in frame.columns})
         writer.publish()

@@ -59,6 +59,10 @@ def roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     floor_energy_j = dynamic_j + floor power x floor_ns, so that waste_j, what is above it, is a lower bound. Empty on a
     device of unknown peaks or without pass *inspect*.
     """
+    return attribution.once(("roofline", phase), lambda: _roofline(attribution, phase))
+
+
+def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     limits = peaks(attribution.run.facts.device)
     if limits is None or attribution.identified is None or phase not in attribution.accounts:
         return pd.DataFrame(columns=_COLUMNS)

@@ -13,6 +13,7 @@ import pytest
 from bench.result import RESULTS
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.runfolder import RunFolder
+from tests.recorded import recorded
 
 RUN = Path(__file__).parents[1] / "data" / "h100-qwen-7b-bf16"
 
@@ -72,3 +73,24 @@ def test_it_is_the_run_of_the_published_result(found: Attribution) -> None:
     assert found.accounts["decode"].floor_w is not None
     # Boards and days differ, a factor does not.
     assert found.accounts["decode"].floor_w.value == pytest.approx(floor["value"], rel=0.15)
+
+
+def test_a_query_of_the_written_table_gives_the_reports_answer() -> None:
+    """R12: names only, no cause, operator or module; a sum over what is no gap held the residual."""
+    for name in ("int8", "bf16"):
+        found = recorded(name)
+        rows = found.table()
+        for phase, account in found.accounts.items():
+            own = rows[rows["phase"] == phase]
+            parts = own.groupby("part")["energy_j"].sum()
+            assert account.weight.energy_j is not None
+            assert account.gap_j is not None
+            assert own["energy_j"].sum() == pytest.approx(account.weight.energy_j.value)
+            assert parts["gaps"] == pytest.approx(account.gap_j.value)
+            by_kind = own[own["part"] == "kernels"].groupby("kind")["energy_j"].sum()
+            for row in found.split(phase, ["kind"]).itertuples():
+                assert by_kind[row.kind] == pytest.approx(row.energy_j)
+    gaps = recorded("int8").table().query("part == 'gaps' and cause == 'launch_bound' and phase == 'decode'")
+    (told,) = recorded("int8").split_gaps("decode", ["cause"]).query("cause == 'launch_bound'")["energy_j"]
+    assert gaps["energy_j"].sum() == pytest.approx(told)
+    assert gaps["module"].str.contains("self_attn").any()

@@ -13,7 +13,7 @@ FILE = Path(__file__).parent / "candidates.py"
 ROOT = Path(__file__).parents[2]
 
 
-def evaluated(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
+def evaluated(*arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "llmkern.evaluate", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, check=False)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from llmkern.errors import UsageError
 from llmkern.evaluate.document import RegressionError, check_baseline, document, read_baseline
@@ -16,6 +15,7 @@ from llmkern.evaluate.job import Case, Check, Energy, Latency, LaunchedKernel, R
 from llmkern.evaluate.roof import Roof
 from llmkern.evaluate.verdict import state
 from llmkern.report import evaluation as report
+from llmkern.report.console import PlainConsole
 from llmkern.report.evaluation_page import page
 
 RIGHT = Check("random", 1.7e-3, 1.0, 0, 0, 100)
@@ -131,7 +131,7 @@ def test_the_terminal_and_the_page_say_the_same(width: int) -> None:
     rows = [row(markup, case, us(case), us(case)) for case in CASES]
     rows += [row("llmkern", case, us(case), us(case) * 0.8) for case in CASES]
     statement = state(evaluation(rows))
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = PlainConsole(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     report.print_evaluation(statement, console)
     text = console.export_text()
     # Names of others are text, not markup.

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from llmkern.attribute.attribution import attribute
 from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
+from llmkern.report.console import PlainConsole
 from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
 from llmkern.runfolder import RunFolder
@@ -20,7 +20,7 @@ from tests.synthetic import Builder, Truth, synthetic_run
 
 
 def printed(run: RunFolder, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width)
+    console = PlainConsole(file=io.StringIO(), width=width)
     attribution = attribute(run)
     print_report(Explanation(attribution), doubts(run, attribution), console)
     return console.file.getvalue()  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.estimate import Estimate
 from llmkern.explain.finding import WORTH_TELLING, Finding, operator_name, readable, share_of
 from llmkern.explain.roofline import roofline
 
@@ -21,8 +20,7 @@ def low_roof(attribution: Attribution) -> list[Finding]:
         above_s = float((own["duration_ns"] - own["floor_ns"]).sum()) / 1e9
         energy_j = None
         if account.floor_w is not None and own["waste_j"].notna().all():
-            # How far bytes and FLOPs are those of the kernel, no interval says.
-            energy_j = Estimate(account.floor_w.value * above_s)
+            energy_j = account.floor_w.scaled(above_s)
         share = share_of(account, energy_j, above_s)
         if share < WORTH_TELLING:
             continue
@@ -43,7 +41,7 @@ def low_roof(attribution: Attribution) -> list[Finding]:
                 above_s,
                 "idle floor (W) x (time - max(bytes / peak bandwidth, FLOPs / peak rate))",
                 "bytes are each argument read once and each result written once; at its roof a kernel would still "
-                "spend its dynamic joules, so this is the least that is wasted",
+                "spend its dynamic joules, so this is the least that is wasted; its interval is of the floor alone",
                 "replace these kernels by ones that stream their weights at full bandwidth",
                 readable(launches, ["kind", "op", "module", "bound", "roof_share", "waste_j"]),
             )
