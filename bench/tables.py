@@ -218,7 +218,7 @@ def report() -> list[str]:
     console = PlainConsole(file=io.StringIO(), width=100)
     print_report(Explanation(attribution), doubts(attribution.run, attribution), console, top=4)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    lines = [line.rstrip() for line in text.partition("\nWhat if")[0].strip().splitlines()]
+    lines = [line.rstrip() for line in text.partition("\n  • prefill")[0].strip().splitlines()]
     return ["```text", *lines, "```"]
 
 

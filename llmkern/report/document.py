@@ -12,6 +12,7 @@ import msgspec
 from llmkern.attribute.attribution import Attribution
 from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference
+from llmkern.explain.statement import answer
 from llmkern.report.tables import (
     difference_facts,
     difference_tables,
@@ -33,6 +34,7 @@ def report_document(explanation: Explanation, uncertain: list[str]) -> dict[str,
         "schema": SCHEMA,
         "document": "report",
         "run": run_facts(explanation.attribution),
+        "answer": answer(explanation),
         "findings": [finding_facts(finding) for finding in explanation.findings],
         "predictions": [prediction_facts(prediction) for prediction in explanation.predictions],
         "uncertain": uncertain,

@@ -22,7 +22,8 @@ from llmkern.attribute.attribution import Attribution
 from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference, compare, tokens
-from llmkern.explain.finding import Finding, share_of
+from llmkern.explain.finding import Finding
+from llmkern.explain.statement import answer
 from llmkern.report import charts
 from llmkern.report.difference import signed
 from llmkern.report.tables import run_tables
@@ -69,7 +70,7 @@ def page(explanation: Explanation, uncertain: list[str], books: list[str], basel
         f"{prompts.tokens if prompts is not None else '?'} prompt tokens, {options.new_tokens} new",
         device=facts.device.name,
         incomplete="" if attribution.run.complete else uncertain.pop(0),
-        answer=_answer(explanation),
+        answer=" ".join(answer(explanation)),
         against=_against(baseline, compared),
         tiles=_tiles(attribution),
         findings=[_finding(f, attribution) for f in explanation.findings],
@@ -105,37 +106,6 @@ _TITLES = {
     "roofline": "Operators against their roof",
     "host_calls": "Host calls",
 }
-
-
-def _answer(explanation: Explanation) -> str:
-    """Return in two sentences where the joules of the main phase go, and what would help most."""
-    attribution = explanation.attribution
-    if not attribution.accounts:
-        return "This run has no phase with both a weighed window and a timeline."
-    account = list(attribution.accounts.values())[-1]
-    weight = account.weight
-    unit = "A decoded token" if account.phase == "decode" else "A prefill"
-    parts = [f"{unit} takes {quantity(weight.latency_s.value, 's')}"]
-    if weight.energy_j is not None and account.gap_j is not None:
-        share = account.gap_j.value / weight.energy_j.value
-        parts[0] = f"{unit} takes {quantity(weight.latency_s.value, 's')} and {quantity(weight.energy_j.value, 'J')}"
-        parts.append(f"{share:.0%} of the energy is spent while no kernel runs")
-    parts.append(f"the device is busy {account.busy_share:.0%} of the time, with {account.launches:,.0f} launches")
-    text = ": ".join([parts[0], "; ".join(parts[1:])]) + "."
-    own = [f for f in explanation.findings if f.phase == account.phase and f.name == "overhead_kernels"]
-    if own:
-        share = share_of(account, own[0].energy_j, own[0].time_s)
-        text += f" Converting numbers (quantize, dequantize, outliers, casts), with its gaps, is {share:.0%}."
-    best = [p for p in explanation.predictions if p.phase == account.phase and p.energy_j and p.energy_before_j]
-    if best:
-        most = min(best, key=lambda p: p.energy_j.value if p.energy_j else 0.0)
-        assert most.energy_j is not None
-        assert most.energy_before_j is not None
-        text += (
-            f" What would help most: {most.change}, to {quantity(most.latency_s.value, 's')} and "
-            f"{quantity(most.energy_j.value, 'J')} ({most.energy_j.value / most.energy_before_j - 1:+.0%})."
-        )
-    return text
 
 
 def _against(baseline: Attribution | None, compared: list[Difference]) -> str:

@@ -17,6 +17,7 @@ from llmkern.attribute.calibration import calibrate, choose, describe
 from llmkern.attribute.memory import memory_energy
 from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
+from llmkern.explain.statement import answer
 from llmkern.report.heading import heading
 from llmkern.report.why import print_findings, print_predictions
 from llmkern.runfolder import RunFolder
@@ -41,6 +42,8 @@ def print_report(explanation: Explanation, uncertain: list[str], console: Consol
         console.print(Text(uncertain.pop(0), style="bold yellow"))
     console.print()
     if attribution.accounts:
+        console.print(" ".join(answer(explanation)), style="bold")
+        console.print()
         console.print(_phase_table(run, attribution))
         if attribution.only_weighed:
             console.print("\nWeighed, but without one whole phase in the timeline, so that its energy cannot be split:")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from llmkern.attribute.attribution import attribute
 from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
+from llmkern.explain.statement import answer
 from llmkern.report.console import PlainConsole
 from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
@@ -150,3 +152,22 @@ def test_counts() -> None:
 )
 def test_short_names(name: str, short: str) -> None:
     assert short_name(name) == short
+
+
+def test_the_report_begins_with_the_answer(tmp_path: Path) -> None:
+    run, _ = synthetic_run(tmp_path / "run")
+    text = " ".join(printed(run, 400).split())
+    first = (
+        "A decoded token takes 30.0 ms and 5.28 J: 55% of the energy is spent while no kernel runs; the device is busy"
+    )
+    assert text.index(first) < text.index("Per phase")
+
+
+def test_the_answer_of_a_run_that_cannot_be_split_claims_no_split(tmp_path: Path) -> None:
+    """R5: a traced run that is longer than the weighed one carries no headline."""
+    run, _ = synthetic_run(tmp_path / "run")
+    found = attribute(run)
+    slow = {name: replace(account, traced_busy_s=1.0) for name, account in found.accounts.items()}
+    (first, *_) = answer(Explanation(replace(found, accounts=slow, memo={})))
+    assert "how that splits is not known" in first
+    assert "%" not in first
