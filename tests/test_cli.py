@@ -46,7 +46,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("cli") / "run"
     done = llmkern(
         *("--model", "qwen-tiny", "--precision", "bf16", "--device", "cpu", "--out", str(out)),
-        *("--prompt-tokens", "24", "--new-tokens", "6", "--warmup", "1", "--repeats", "3"),
+        *("--prompt-tokens", "24", "--new-tokens", "16", "--warmup", "1", "--repeats", "6"),
         module="llmkern.trace",
     )
     assert done.returncode == 0, done.stderr
