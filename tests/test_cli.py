@@ -128,8 +128,8 @@ def test_run_json_holds_no_environment(tiny_run: tuple[Path, str]) -> None:
 def test_layers_and_tokens_are_annotated(tiny_run: tuple[Path, str]) -> None:
     ranges = RunFolder(tiny_run[0]).table("ranges")
     traced = ranges[ranges["pass"] == "time"]
-    assert (traced["category"] == "layer").sum() == 2 * 6 * 4
-    assert sorted(traced[traced["category"] == "token"]["token"].unique()) == list(range(6))
+    assert (traced["category"] == "layer").sum() == 2 * 16 * 4
+    assert sorted(traced[traced["category"] == "token"]["token"].unique()) == list(range(16))
     assert not (ranges[ranges["pass"] == "weigh"]["category"] == "layer").any()
 
 
