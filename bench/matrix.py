@@ -6,7 +6,6 @@ python -m bench.matrix --model qwen-7b --runs DIR
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.result import RESULTS, case, metric, slug, write
+from bench.result import case, metric, write
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.estimate import ratio
 from llmkern.runfolder import RunFolder
@@ -58,25 +57,9 @@ def main() -> None:
         found[name] = attribute(RunFolder(folder))
         cases.append(_case(name, arguments.model, found[name], wall_s, RunFolder(folder)))
         print(folder.with_suffix(".txt").read_text(), flush=True)
-        _keep_report(folder, name, arguments.results)
         # Rewritten after every run: a session that ends early keeps what it measured.
         write("matrix", cases + _ratios(found), arguments.results)
     print(write("matrix", cases + _ratios(found), arguments.results))
-
-
-def _keep_report(folder: Path, name: str, results: Path | None) -> None:
-    """Put the short report, 100 columns wide, beside the results."""
-    target = results or RESULTS
-    target.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "llmkern", "report", str(folder), "--top", "4"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"COLUMNS": "100"},
-    )
-    lines = [line.rstrip() for line in done.stdout.strip().splitlines() if not line.startswith("Run folder:")]
-    (target / f"report-{folder.name}-{slug()}.txt").write_text("\n".join(lines).rstrip() + "\n")
 
 
 def _case(name: str, model: str, found: Attribution, wall_s: float, run: RunFolder) -> dict[str, Any]:

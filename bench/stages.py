@@ -23,21 +23,22 @@ from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import build as builds
 from llmkern.kernels import launch
 from llmkern.kernels.build import Build
-from llmkern.kernels.registry import Choice, choose
+from llmkern.kernels.registry import choose
 from llmkern.record.device.choose import choose_device
 from llmkern.record.device.interface import Device
 
-# Each stage: (what is found in the source, what stands there without it).
-_CONVERSION = {
-    "int8": (r"INLINE void convert\(u32 q, u32& first, u32& second\) \{.*?\n\}", "NO_INT8"),
-    "int4": (r"(struct Convert \{).*?\n\};", "NO_FOUR"),
-    "nf4": (r"(struct Convert \{).*?\n\};", "NO_NF4"),
-}
+# What is found in the source, and what stands there without it.
 _FOUR = "INLINE void operator()(u32 q, u32 (&pairs)[4]) const { for (int i = 0; i < 4; ++i) pairs[i] = q >> i; }\n};"
-_WITHOUT = {
-    "NO_INT8": "INLINE void convert(u32 q, u32& first, u32& second) { first = q; second = q >> 1; }",
-    "NO_FOUR": f"struct Convert {{ {_FOUR}",
-    "NO_NF4": f"struct Convert {{ const u32* table; u32 lane_bytes; {_FOUR}",
+_CONVERSION = {
+    "int8": (
+        r"INLINE void convert\(u32 q, u32& first, u32& second\) \{.*?\n\}",
+        "INLINE void convert(u32 q, u32& first, u32& second) { first = q; second = q >> 1; }",
+    ),
+    "int4": (r"struct Convert \{.*?\n\};", f"struct Convert {{ {_FOUR}".replace("\n", r"\n")),
+    "nf4": (
+        r"struct Convert \{.*?\n\};",
+        f"struct Convert {{ const u32* table; u32 lane_bytes; {_FOUR}".replace("\n", r"\n"),
+    ),
 }
 _MMA = (
     r"(INLINE void mma\(float \(&c\)\[4\][^)]*\) \{).*?\n\}",
@@ -50,8 +51,7 @@ STAGES = ("whole", "no conversion", "no MMAs", "no activations", "loads alone", 
 
 def without(format: str, stage: str) -> str:
     """Return the source of *format* without *stage*. Raises ValueError where the source has no such stage."""
-    pattern, name = _CONVERSION[format]
-    conversion = (pattern, _WITHOUT[name].replace("\\", "\\\\"))
+    conversion = _CONVERSION[format]
     changes = {
         "no conversion": [conversion],
         "no MMAs": [_MMA],
@@ -108,8 +108,7 @@ def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: 
     y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
     copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]
     structs = [copy.struct() for copy in copies]
-    choice: Choice = choose(weight, m, x.device)
-    build = choice.build(weight, x.dtype, True)
+    build = choose(weight, m, x.device).build(weight, x.dtype, True)
     turns = Turns(lambda index: launch.launch(build, structs[index], x, None, y), len(copies))
     found = []
     for stage in STAGES:

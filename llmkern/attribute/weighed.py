@@ -14,6 +14,7 @@ from llmkern.attribute.timeline import Timeline
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import PREFILL
+from llmkern.text import with_interval
 
 
 @dataclass(frozen=True)
@@ -106,15 +107,15 @@ def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight]
     for name, weight in phases.items():
         if not _known(name, weight.latency_s, weight.latency_samples_s):
             unknown[name] = (
-                f"The latency of {name} is not known: by difference it is {_told(weight.latency_s, 1e3, 'ms')} per "
+                f"The latency of {name} is not known: by difference it is {with_interval(weight.latency_s, 's')} per "
                 f"{weight.unit}, which holds zero; use more --new-tokens and --repeats 10."
             )
             continue
         energy_j = weight.energy_j
         if energy_j is not None and not _known(name, energy_j, weight.energy_samples_j):
             unknown[f"{name} energy"] = (
-                f"The energy of {name} is not known: by difference it is {_told(energy_j, 1, 'J')} per {weight.unit}, "
-                "which holds zero; use more --new-tokens and --repeats 10."
+                f"The energy of {name} is not known: by difference it is {with_interval(energy_j, 'J')} per "
+                f"{weight.unit}, which holds zero; use more --new-tokens and --repeats 10."
             )
             nothing = [float("nan")] * len(weight.energy_samples_j)
             weight = replace(weight, energy_j=None, energy_samples_j=nothing, energy_by_ranges_j=None)
@@ -134,12 +135,6 @@ def _known(phase: str, estimate: Estimate, samples: list[float]) -> bool:
 def _not_below_zero(phase: str, estimate: Estimate) -> Estimate:
     """Return *estimate* of what was weighed directly, which no interval can take below zero."""
     return estimate if phase != PREFILL else estimate.map(lambda values: np.maximum(values, 0.0))
-
-
-def _told(estimate: Estimate, scale: float, unit: str) -> str:
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value * scale:.3g} {unit}"
-    return f"{estimate.value * scale:.3g} [{estimate.low * scale:.3g}, {estimate.high * scale:.3g}] {unit}"
 
 
 def traced_phases(timeline: Timeline) -> dict[str, PhaseWeight]:

@@ -7,7 +7,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from setuptools import find_namespace_packages
+
+from bench.stages import STAGES, without
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,3 +41,11 @@ def test_an_installation_carries_the_kernels() -> None:
     }
     sources = [f for f in (ROOT / "kernels").rglob("*") if f.suffix in (".cu", ".cuh", ".json")]
     assert {f"llmkern/kernels/{f.relative_to(ROOT / 'kernels')}" for f in sources} <= carried
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4", "int4"])
+def test_every_stage_that_the_bench_takes_out_is_in_the_source(format: str) -> None:
+    whole = without(format, "whole")
+    changed = {stage: without(format, stage) for stage in STAGES if not stage.startswith("whole")}
+    assert all(text != whole for text in changed.values())
+    assert "mma.sync" not in changed["no MMAs"]
