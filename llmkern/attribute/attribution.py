@@ -18,7 +18,7 @@ from llmkern.attribute.identify import Identified, Inspected, identify, read_ins
 from llmkern.attribute.joules import EqualPower, without_energy
 from llmkern.attribute.marginal import Marginals
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
-from llmkern.attribute.tally import OP_COLUMNS, tally_kernels, tally_neighbours
+from llmkern.attribute.tally import OP_COLUMNS, operators, tally_kernels, tally_neighbours
 from llmkern.attribute.timeline import Timeline, read_timeline
 from llmkern.attribute.weighed import PhaseWeight, Weighed, traced_phases, weigh_phases
 from llmkern.runfolder import RunFolder
@@ -30,8 +30,8 @@ from llmkern.runfolder.vocabulary import RAPL_COUNTER
 class Attribution:
     """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
 
-    ``kernels`` are those of one unit of each phase, summed by name and operator (see tally_kernels), ``marginals`` the
-    joules per launch where operators were replayed, from ``evidence``.
+    ``kernels`` are those of one unit of each phase, summed by name and operator (see tally_kernels), ``ops`` the
+    operators behind them (see operators), ``marginals`` the joules per launch where operators were replayed, from ``evidence``.
     """
 
     run: RunFolder
@@ -40,6 +40,7 @@ class Attribution:
     weighed: Weighed | None
     timeline: Timeline
     kernels: pd.DataFrame
+    ops: pd.DataFrame
     inspected: Inspected | None
     identified: Identified | None
     marginals: Marginals | None
@@ -65,8 +66,7 @@ class Attribution:
     @cached_property
     def host_trace(self) -> HostTrace | None:
         """Return what the host did, None where no host call was recorded."""
-        device = self.run.facts.device.index
-        return read_host(self.run, device, self.timeline, self.inspected, self.identified)
+        return read_host(self.run, self.timeline, self.inspected, self.identified, self.ops)
 
     @cached_property
     def gaps(self) -> pd.DataFrame:
@@ -151,12 +151,13 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
             accounts[phase] = replace(account, recorder_effect=effects.get(phase))
     inspected = read_inspected(run, index)
     identified = identify(inspected, timeline) if inspected is not None else None
-    kernels = tally_kernels(timeline, identified, run.table("ops", OP_COLUMNS))
+    ops = operators(run.table("ops", OP_COLUMNS))
+    kernels = tally_kernels(timeline, identified, ops)
     marginals = evidence = None
     if weighed is not None and not equal_power:
         limit_mw = device.power_limit_mw
         limit_w = math.inf if limit_mw is None else limit_mw / 1e3
-        evidence = gather(run, weighed, accounts, kernels, (sensor, counted), limit_w)
+        evidence = gather(run, weighed, accounts, kernels, ops, (sensor, counted), limit_w)
         if evidence is not None:
             marginals, joules = by_marginals(evidence, weighed, accounts)
             accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}
@@ -170,6 +171,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         weighed,
         timeline,
         kernels,
+        ops,
         inspected,
         identified,
         marginals,

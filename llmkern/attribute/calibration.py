@@ -81,22 +81,22 @@ def respond(name: str, times_s: np.ndarray, watts: np.ndarray, on: tuple[np.ndar
     edges = np.sort(np.concatenate(on))
     level = np.concatenate([[0.0], np.cumsum(np.diff(edges) * (np.arange(len(edges) - 1) % 2 == 0))])
     best: tuple[float, float, float, float] | None = None
+    until = times_s - LAGS_S[:, None]
+    covered = np.interp(until, edges, level)
     for window_s in WINDOWS_S:
-        for lag_s in LAGS_S:
-            until = times_s - lag_s
-            share = (np.interp(until, edges, level) - np.interp(until - window_s, edges, level)) / window_s
-            centred = share - share.mean()
-            size = float((centred**2).sum())
-            if size < 1e-6:
-                continue
-            step_w = float((centred * watts).sum()) / size
-            error_w = float(np.sqrt(np.mean((watts - watts.mean() - step_w * centred) ** 2)))
-            if best is None or error_w < best[0]:
-                best = (error_w, step_w, lag_s, window_s)
+        share = (covered - np.interp(until - window_s, edges, level)) / window_s
+        centred = share - share.mean(axis=1, keepdims=True)
+        size = (centred**2).sum(axis=1)
+        seen = size >= 1e-6
+        step_w = (centred @ watts)[seen] / size[seen]
+        error_w = np.sqrt(np.mean((watts - watts.mean() - step_w[:, None] * centred[seen]) ** 2, axis=1))
+        if len(error_w) and (best is None or error_w.min() < best[0]):
+            i = int(error_w.argmin())
+            best = (float(error_w[i]), float(step_w[i]), float(LAGS_S[seen][i]), window_s)
     if best is None or best[1] < LEAST_STEP_W:
         return blind
-    error_w, step_w, lag_s, window_s = best
-    return Sensor(name, refresh_ms, lag_s * 1e3, window_s * 1e3, step_w, error_w, len(times_s))
+    least_w, height_w, lag_s, window_s = best
+    return Sensor(name, refresh_ms, lag_s * 1e3, window_s * 1e3, height_w, least_w, len(times_s))
 
 
 def choose(sensors: dict[str, Sensor]) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.timeline import NONE, Timeline, by_start, containing, find
+from llmkern.attribute.timeline import NONE, Timeline, by_start, containing
 
 CAUSES = ("token_boundary", "profiler", "sync_stall", "launch_bound", "dependency", "launch_latency", "unknown")
 # A kernel queued in time starts this soon after the one before it (at most 4 µs in recorded runs); later, it was held
@@ -35,7 +35,7 @@ def gap_causes(timeline: Timeline, launches: pd.DataFrame, overheads: pd.DataFra
         return gaps.assign(cause=pd.Categorical([], CAUSES), api=pd.Categorical([]))
     calls = by_start(launches)
     ended_by = gaps["kernel"].to_numpy()
-    issued_by = find(calls["correlation_id"].to_numpy(), kernels["correlation_id"].to_numpy()[ended_by])
+    issued_by = kernels["call"].to_numpy()[ended_by]
     recorded = issued_by >= 0
     dry_ns, duration_ns = gaps["start_ns"].to_numpy(), gaps["duration_ns"].to_numpy()
     issue_start = np.append(calls["start_ns"].to_numpy(), 0)[issued_by]

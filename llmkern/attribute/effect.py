@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
 
-from llmkern.estimate import Estimate
+from llmkern.estimate import Estimate, student_t
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import BARE, DECODE, PHASE, PREFILL, RECORDED, TOKEN
 
@@ -29,7 +28,7 @@ def recorder_effects(run: RunFolder) -> dict[str, Estimate]:
         if len(both) < LEAST_PAIRS:
             continue
         logs = np.log([recorded[phase][pair] / bare[phase][pair] for pair in both])
-        half = float(stdtrit(len(logs) - 1, 0.975) * logs.std(ddof=1) / np.sqrt(len(logs)))
+        half = float(student_t(len(logs) - 1, np.array(0.975)) * logs.std(ddof=1) / np.sqrt(len(logs)))
         middle = float(logs.mean())
         low, value, high = (float(np.expm1(x)) for x in (middle - half, middle, middle + half))
         found[phase] = Estimate(value, low, high, len(both))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 
 from llmkern.attribute.causes import gap_causes
 from llmkern.attribute.identify import Identified, Inspected, identify
-from llmkern.attribute.tally import OP_COLUMNS, described, summed_by, tally_gaps
+from llmkern.attribute.tally import described, summed_by, tally_gaps
 from llmkern.attribute.timeline import NONE, Timeline, containing, read_calls, read_timeline
 from llmkern.runfolder import RunFolder
 
@@ -36,9 +37,10 @@ class HostTrace:
 
 
 def read_host(
-    run: RunFolder, device: int, timed: Timeline, inspected: Inspected | None, identified: Identified | None
+    run: RunFolder, timed: Timeline, inspected: Inspected | None, identified: Identified | None, ops: pd.DataFrame
 ) -> HostTrace | None:
     """Return what the host did, None where no pass recorded its calls; *timed* is pass *time*, as *identified*."""
+    device = run.facts.device.index
     timeline = timed
     pass_name, calls = "calls", read_calls(run, "calls")
     if len(calls):
@@ -50,10 +52,20 @@ def read_host(
     if calls.empty:
         return None
     overheads = run.table("overheads", where={"pass": pass_name})
-    ops = run.table("ops", OP_COLUMNS)
     caused = gap_causes(timeline, calls, overheads)
     gaps = tally_gaps(timeline, identified, ops, caused)
     return HostTrace(timeline, identified, calls, caused, gaps, tally_calls(timeline, identified, ops, calls))
+
+
+def _launched_last(timeline: Timeline, calls: pd.DataFrame) -> np.ndarray:
+    """Return the kernel (position in the timeline) that was launched last before or by each of *calls*, else NONE."""
+    issued_ns, times_ns = timeline.kernels["issued_ns"].to_numpy(), calls["start_ns"].to_numpy()
+    order = None
+    if (issued_ns[1:] < issued_ns[:-1]).any():
+        order = np.argsort(issued_ns, kind="stable")
+        issued_ns = issued_ns[order]
+    last = np.searchsorted(issued_ns, times_ns, side="right") - 1
+    return last if order is None else np.append(order, NONE)[last]
 
 
 def tally_calls(
@@ -70,22 +82,21 @@ def tally_calls(
     inside = instance >= 0
     calls, instance = calls[inside], instance[inside]
     api = calls["api"].astype("category").cat
-    issued = timeline.kernels["issued_ns"].to_numpy()
-    order = np.argsort(issued, kind="stable")
-    last = np.searchsorted(issued[order], calls["start_ns"].to_numpy(), side="right") - 1
-    op = np.full(len(calls), NONE)
-    if identified is not None and len(order):
-        op = np.where(last >= 0, identified.op[order[np.maximum(last, 0)]], NONE)
+    op = np.full(len(calls), NONE, np.int32)
+    if identified is not None and len(timeline.kernels):
+        op = np.append(identified.op, np.int32(NONE))[_launched_last(timeline, calls)]
     phase, names = pd.factorize(phases["phase"].astype(object))
     duration_ns = (calls["end_ns"] - calls["start_ns"]).to_numpy(float)
     codes, (count, total_ns) = summed_by([phase[instance], api.codes.to_numpy(), op + 1], duration_ns)
-    named = api.categories.astype(str).to_numpy(object)[codes[1]]
+    texts = api.categories.astype(str).to_numpy(object)
+    named = texts[codes[1]]
+    waits = np.array([bool(re.search(WAITS, text)) for text in texts], bool)
     units = np.array([float(timeline.units(str(name))) for name in names])[codes[0]]
     return pd.DataFrame(
         {
             "phase": np.asarray(names, object)[codes[0]],
             "api": named,
-            "waits": pd.Series(named, dtype=object).str.contains(WAITS).to_numpy(bool),
+            "waits": waits[codes[1]],
             **described(ops, codes[2] - 1),
             "launches": count / units,
             "duration_ns": total_ns / units,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -28,14 +28,26 @@ class KernelJoules(Protocol):
         """Return *rows* (*keys*, signature, launches, duration_ns, per unit) summed over *keys*, with ENERGIES in J."""
         ...
 
+    def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
+        """Return the joules above the floor of each of *rows*."""
+        ...
 
-def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-    """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
-    grouped = (
-        rows.groupby(list(keys), sort=False, dropna=False, observed=True)[["launches", "duration_ns"]]
-        .sum()
-        .reset_index()
-    )
+
+def _grouped(rows: pd.DataFrame, keys: Sequence[str]) -> Any:
+    return rows.groupby(list(keys), sort=False, dropna=False, observed=True)
+
+
+def summed(rows: pd.DataFrame, keys: Sequence[str], numbered: bool = False) -> pd.DataFrame:
+    """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies.
+
+    With *numbered* the column group says which group (see pandas' ngroup) a row is of.
+    """
+    grouped = _grouped(rows, keys)[["launches", "duration_ns"]].sum().reset_index()
+    if numbered:
+        grouped["group"] = np.arange(len(grouped))
+    # From here on they are few, and texts like any other.
+    texts = [c for c in keys if isinstance(grouped[c].dtype, pd.CategoricalDtype)]
+    grouped = grouped.astype(dict.fromkeys(texts, object))
     return grouped.sort_values("duration_ns", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -65,6 +77,10 @@ class EqualPower:
             low_j=np.nan if low is None else low * share,
             high_j=np.nan if high is None else high * share,
         )
+
+    def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
+        share = rows["duration_ns"].to_numpy(float) / max(float(rows["duration_ns"].sum()), 1.0)
+        return max(self.total.value - self.floor_w.value * self.busy_s, 0.0) * share
 
 
 @dataclass(frozen=True)
@@ -104,10 +120,9 @@ class MarginalJoules:
         return limited.value / max(free.value, 1e-12), limited.draws / np.maximum(free.draws, 1e-12)
 
     def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        group = rows.groupby(list(keys), sort=False, dropna=False, observed=True).ngroup().to_numpy()
-        frame = summed(rows.assign(group=group), [*keys, "group"])
-        signature = rows["signature"].astype("category").cat
-        column = pd.Index(self.signatures).get_indexer(signature.categories)[signature.codes]
+        group = _grouped(rows, keys).ngroup().to_numpy()
+        frame = summed(rows, keys, numbered=True)
+        column = self._columns(rows)
         wide = np.zeros((len(frame), len(self.signatures)))
         known = column >= 0
         np.add.at(wide, (group[known], column[known]), rows["duration_ns"].to_numpy(float)[known] / 1e9)
@@ -128,3 +143,14 @@ class MarginalJoules:
             low_j=np.minimum(low, energy_j),
             high_j=np.maximum(high, energy_j),
         )
+
+    def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
+        factor, _ = self._limit
+        watts: np.ndarray = np.append(self.power_w, 0.0)[self._columns(rows)]
+        return watts * rows["duration_ns"].to_numpy(float) / 1e9 * factor
+
+    def _columns(self, rows: pd.DataFrame) -> np.ndarray:
+        """Return which of the signatures each of *rows* has, -1 for none of them."""
+        signature = rows["signature"].astype("category").cat
+        found: np.ndarray = pd.Index(self.signatures).get_indexer(signature.categories)[signature.codes]
+        return found

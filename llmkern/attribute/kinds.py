@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import pandas as pd
 
 from llmkern.attribute.identify import UNIDENTIFIED
@@ -107,7 +108,17 @@ def kind_of(op: str, module: str, shapes: str, name: str) -> str:
     return "other"
 
 
-def kinds(kernels: pd.DataFrame) -> list[str]:
+def kinds(kernels: pd.DataFrame) -> pd.Categorical:
     """Return the kind of each of *kernels* (op, module, shapes, name)."""
-    rows = kernels[["op", "module", "shapes", "name"]].astype(str).itertuples(index=False)
-    return [kind_of("" if op == UNIDENTIFIED else op, module, shapes, name) for op, module, shapes, name in rows]
+    columns = [kernels[c].astype("category").cat for c in ("op", "module", "shapes", "name")]
+    key = np.zeros(len(kernels), np.int64)
+    for column in columns:
+        key *= len(column.categories)
+        key += column.codes.to_numpy()
+    # Thousands of kernels are of a few hundred combinations.
+    _, first, again = np.unique(key, return_index=True, return_inverse=True)
+    found = []
+    for row in zip(*(column.categories.to_numpy(object)[column.codes.to_numpy()[first]] for column in columns)):
+        op, module, shapes, name = map(str, row)
+        found.append(KINDS.index(kind_of("" if op == UNIDENTIFIED else op, module, shapes, name)))
+    return pd.Categorical.from_codes(np.array(found, np.int8)[again], categories=pd.Index(KINDS))

@@ -19,11 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from scipy.optimize import nnls
 
 from llmkern.attribute.energy import FloorDoubt
+from llmkern.attribute.nnls import nnls_many
 from llmkern.estimate import DRAWS, Estimate
 
 # Two ticks of the counter frame a window, each known to some ms of a few hundred W.
@@ -85,27 +86,35 @@ class Unknowns:
     powers_w: tuple[tuple[float, ...], ...]
     contexts: tuple[tuple[str, ...], ...]
 
-    @property
+    @cached_property
     def owners(self) -> np.ndarray:
         """Return for each unknown the index of its signature."""
-        return np.repeat(np.arange(len(self.names)), [len(p) + len(c) for p, c in self._parts])
+        return np.repeat(np.arange(len(self.names)), self._counts)
 
-    @property
-    def _parts(self) -> list[tuple[tuple[float, ...], tuple[str, ...]]]:
-        return list(zip(self.powers_w, self.contexts, strict=True))
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(p) + len(c) for p, c in zip(self.powers_w, self.contexts, strict=True)]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [0, *np.cumsum(self._counts).tolist()]
 
     def first(self, index: int) -> int:
         """Return where the unknowns of signature *index* begin."""
-        return sum(len(p) + len(c) for p, c in self._parts[:index])
+        return self._firsts[index]
 
     def weights(self, name: str, context: str, mean_w: float) -> dict[int, float]:
         """Return which unknowns make up the joules of *name* in *context*, or in replays at *mean_w*.
 
         Between two powers they are linear and beyond them constant. Raises ValueError for a name that ran nowhere.
         """
-        if name not in self.names:
+        if name not in self._places:
             raise ValueError(f"{name} ran in no window")
-        index = self.names.index(name)
+        index = self._places[name]
         first, powers = self.first(index), self.powers_w[index]
         if context in self.contexts[index]:
             return {first + len(powers) + self.contexts[index].index(context): 1.0}
@@ -306,41 +315,22 @@ class _Problem:
     ties: np.ndarray
 
     def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> np.ndarray:
-        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (by how many sigmas the ties are off).
-
-        All but the first are solved at once with the unknowns above zero that the solution before had; where that is no
-        solution (one below zero, or one at zero that should not be), one by one.
-        """
+        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (by how many sigmas the ties are off)."""
         rows = np.vstack(
             [self.counts * self.width_j / self.sigma_j[:, None], np.eye(len(self.width_j)), self.ties * self.width_j]
         )
         right = np.hstack([dynamic_j / self.sigma_j, prior_j / self.width_j, apart])
-        found = np.zeros((len(right), rows.shape[1]))
-        left = np.arange(len(right))
-        while len(left):
-            first, left = left[0], left[1:]
-            found[first], _ = nnls(rows, right[first], maxiter=50 * rows.shape[1])
-            positive = found[first] > 0
-            if not len(left) or not positive.any():
-                continue
-            basis, triangle = np.linalg.qr(rows[:, positive])
-            tried = np.linalg.solve(triangle, basis.T @ right[left].T).T
-            # What is at zero stays there if more of it would fit worse.
-            slope = (tried @ rows[:, positive].T - right[left]) @ rows[:, ~positive]
-            holds = (tried >= 0).all(axis=1) & (slope >= 0).all(axis=1)
-            found[np.ix_(left[holds], positive)] = tried[holds]
-            left = left[~holds]
-        solution: np.ndarray = found * self.width_j
-        return solution
+        return nnls_many(rows, right) * self.width_j
 
 
 def _prior_weights(counts: np.ndarray, traits: np.ndarray, dynamic_j: np.ndarray, sigma_j: np.ndarray) -> np.ndarray:
     """Return joules per second, per byte and per FLOP (each >= 0) that explain the windows best by themselves."""
     together = counts @ traits
     scale = np.maximum(together.max(axis=0), 1e-30)
-    solution, _ = nnls(together / scale / sigma_j[:, None], dynamic_j / sigma_j)
-    weights: np.ndarray = solution / scale
-    return weights
+    # Bytes and FLOPs may go together, or be nowhere: a hair of each keeps the three apart.
+    rows = np.vstack([together / scale / sigma_j[:, None], 1e-6 * np.eye(len(scale))])
+    (solution,) = nnls_many(rows, np.concatenate([dynamic_j / sigma_j, np.zeros(len(scale))])[None])
+    return solution / scale
 
 
 def _separable(

@@ -37,12 +37,13 @@ def gather(
     weighed: Weighed,
     accounts: Mapping[str, PhaseAccount],
     kernels: pd.DataFrame,
+    ops: pd.DataFrame,
     sensor: tuple[str, int | None],
     limit_w: float = math.inf,
 ) -> Evidence | None:
     """Return the evidence of *run* in its replays and its weighed phases.
 
-    *kernels* are those of one unit of each phase (see tally_kernels), *sensor* the counter's name and device,
+    *kernels* are those of one unit of each phase (see tally_kernels) and *ops* their operators, *sensor* the counter's name and device,
     *limit_w* the board's power limit. None without replays, an energy counter or an idle floor.
     """
     replays = run.table("replays")
@@ -50,7 +51,7 @@ def gather(
     if replays.empty or curve is None or weighed.floor is None or not accounts:
         return None
     steps = {phase: signature_steps(kernels, phase) for phase in accounts}
-    features = _features(steps, run.table("ops"))
+    features = _features(steps, ops)
     power = run.table("power", ["timestamp_ns", "temperature_c", "device"])
     windows = list(replay_windows(replays, curve, weighed, _of_device(power, sensor[1])).values())
     windows += [w for phase, frame in steps.items() for w in _run_windows(weighed, phase, frame)]
@@ -75,14 +76,15 @@ def by_marginals(
 
 def signature_steps(kernels: pd.DataFrame, phase: str) -> pd.DataFrame:
     """Return by signature the launches of the operator and the ns of its kernels, per unit of *phase*."""
-    rows = kernels[kernels["phase"] == phase].groupby("signature")
+    rows = kernels[kernels["phase"] == phase].groupby("signature", observed=True)
     # An operator may launch several kernels, it is called once. What is not identified is one thing, launched once.
-    calls = rows["calls"].sum()
-    return pd.DataFrame({"duration_ns": rows["duration_ns"].sum(), "launches": calls.where(calls > 0, 1.0)})
+    sums = rows[["duration_ns", "calls"]].sum()
+    frame = pd.DataFrame({"duration_ns": sums["duration_ns"], "launches": sums["calls"].where(sums["calls"] > 0, 1.0)})
+    return frame.set_index(frame.index.astype(object)).sort_index()
 
 
 def _features(steps: Mapping[str, pd.DataFrame], ops: pd.DataFrame) -> dict[str, Features]:
-    traits = ops.groupby(ops["signature"].astype(str))[["moved_bytes", "flops"]].mean().to_dict("index")
+    traits = ops.groupby("signature", observed=True)[["moved_bytes", "flops"]].mean().to_dict("index")
     features = {}
     for frame in steps.values():
         for name, row in frame.iterrows():

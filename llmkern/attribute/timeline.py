@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.runfolder import RunFolder
+from llmkern.runfolder.reader import rows_with
 
 NONE = -1
 _KERNEL_COLUMNS = ["start_ns", "end_ns", "stream", "correlation_id", "name"]
@@ -20,8 +21,8 @@ _SPARSE = 8
 class Timeline:
     """The traced generations of one device.
 
-    ``kernels``: rows of table kernels with issued_ns, phase, instance (index into ``phases``) and token (NONE between
-    token steps).
+    ``kernels``: rows of table kernels with call (the position of their launch in the host calls by their start, NONE
+    where it was not recorded), issued_ns, phase, instance (index into ``phases``) and token (NONE between token steps).
     ``phases``: one row per traced phase: phase, repeat, start_ns, end_ns, wall_ns, tokens, kernels, busy_ns, gap_ns.
     ``gaps``: start_ns, duration_ns, phase, instance, token, before, after (kernel names), kernel (the position in
     ``kernels`` of the one that ended it).
@@ -65,14 +66,18 @@ def build_timeline(
     every token back, so the device has run dry where a step begins. Gaps are the time within a phase in which no
     kernel, copy or memset ran on any stream of *device*, between its first and its last.
     """
-    kernels, launches, ranges = (only(t, "pass", pass_name) for t in (kernels, launches, ranges))
-    kernels = by_start(only(kernels, "device", device))
+    kernels, launches, ranges = (
+        rows_with(t, "pass", pass_name) if "pass" in t else t for t in (kernels, launches, ranges)
+    )
+    kernels = by_start(rows_with(kernels, "device", device) if "device" in kernels else kernels)
+    launches = by_start(launches) if len(launches) else launches
     phases = _of_category(ranges, "phase")
     tokens = _of_category(ranges, "token")
-    issued_ns = _issued(kernels, launches)
+    call, issued_ns = _issued(kernels, launches)
     instance = containing(issued_ns, phases).astype(np.int32)
     token = containing(issued_ns, _until_next(tokens, phases))
     kernels = kernels.assign(
+        call=call,
         issued_ns=issued_ns,
         instance=instance,
         phase=_phase_of(phases, instance),
@@ -87,7 +92,7 @@ def build_timeline(
     base_ns = int(kernels["start_ns"].iloc[0]) if len(kernels) else 0
     start = kernels["start_ns"].to_numpy() - base_ns
     end = kernels["end_ns"].to_numpy() - base_ns
-    previous_end = _previous_end(instance, end)
+    previous_end = _previous_end(instance, start, end)
     first = previous_end < 0
     idle = np.where(first, 0, start - previous_end)
     busy = end - np.where(first, start, np.minimum(np.maximum(start, previous_end), end))
@@ -100,14 +105,6 @@ def build_timeline(
         gap_ns=np.bincount(instance, np.maximum(0, idle), minlength=count),
     )
     return Timeline(kernels, phases, _gaps(kernels, idle, previous_end, base_ns), tokens, outside)
-
-
-def only(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
-    """Return the rows of *frame* with *value* in *column*; the frame itself where all have it or none was read."""
-    if column not in frame:
-        return frame
-    same = (frame[column] == value).to_numpy()
-    return frame if same.all() else frame[same]
 
 
 def by_start(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,21 +157,33 @@ def _until_next(tokens: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
     return tokens.assign(end_ns=np.minimum(following, phase_end))
 
 
-def _issued(kernels: pd.DataFrame, launches: pd.DataFrame) -> np.ndarray:
-    """Return the host time in ns at which each kernel was launched."""
+def _issued(kernels: pd.DataFrame, launches: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position of each kernel's launch in *launches*, and the host time in ns at which it was launched."""
     own = kernels["start_ns"].to_numpy()
     if launches.empty:
-        return own
-    call = find(launches["correlation_id"].to_numpy(), kernels["correlation_id"].to_numpy())
-    return np.where(call >= 0, launches["start_ns"].to_numpy()[call], own)
+        return np.full(len(own), NONE, np.int32), own
+    call = find(launches["correlation_id"].to_numpy(), kernels["correlation_id"].to_numpy()).astype(np.int32)
+    issued_ns = launches["start_ns"].to_numpy()[call]
+    unknown = call < 0
+    return call, np.where(unknown, own, issued_ns) if unknown.any() else issued_ns
 
 
 def containing(times_ns: np.ndarray, spans: pd.DataFrame) -> np.ndarray:
     """Return the index of the span (sorted, not overlapping) that holds each time, NONE for none."""
     if spans.empty:
         return np.full(len(times_ns), NONE)
-    index = np.searchsorted(spans["start_ns"].to_numpy(), times_ns, side="right") - 1
-    inside = (index >= 0) & (times_ns <= spans["end_ns"].to_numpy()[np.maximum(index, 0)])
+    starts, ends = spans["start_ns"].to_numpy(), spans["end_ns"].to_numpy()
+    if len(times_ns) > len(spans) and (times_ns[1:] >= times_ns[:-1]).all():
+        # Millions of times in order: few edges are looked for among them instead of each of them among the edges.
+        first = np.searchsorted(times_ns, starts, side="left")
+        beyond = np.minimum(np.searchsorted(times_ns, ends, side="right"), np.append(first[1:], len(times_ns)))
+        beyond = np.maximum(first, beyond)
+        lengths = np.column_stack([beyond - first, np.append(first[1:], len(times_ns)) - beyond]).ravel()
+        which = np.column_stack([np.arange(len(starts)), np.full(len(starts), NONE)]).ravel()
+        result: np.ndarray = np.repeat(np.append(NONE, which), np.append(first[0], lengths))
+        return result
+    index = np.searchsorted(starts, times_ns, side="right") - 1
+    inside = (index >= 0) & (times_ns <= ends[np.maximum(index, 0)])
     return np.where(inside, index, NONE)
 
 
@@ -184,18 +193,21 @@ def _phase_of(phases: pd.DataFrame, instance: np.ndarray) -> pd.Categorical:
     return pd.Categorical.from_codes(codes[instance], categories=names.categories)
 
 
-def _previous_end(instance: np.ndarray, end_ns: np.ndarray) -> np.ndarray:
-    """Return for each kernel the latest end of all before it in its phase, NONE for the first; ends are from 0."""
+def _previous_end(instance: np.ndarray, start_ns: np.ndarray, end_ns: np.ndarray) -> np.ndarray:
+    """Return for each kernel the latest end of all before it in its phase, NONE for the first; times are from 0."""
     order = None
     if (instance[1:] < instance[:-1]).any():
         order = np.argsort(instance, kind="stable")
-        instance, end_ns = instance[order], end_ns[order]
+        instance, start_ns, end_ns = instance[order], start_ns[order], end_ns[order]
     previous = np.full(len(end_ns), NONE, np.int64)
     if len(end_ns) > 1:
-        # One running maximum for all phases: each is lifted above everything in those before it.
-        lift = instance.astype(np.int64) * (int(end_ns.max()) + 1)
-        latest = np.maximum.accumulate(end_ns + lift)[:-1] - lift[:-1]
-        previous[1:] = np.where(instance[1:] == instance[:-1], latest, NONE)
+        same = instance[1:] == instance[:-1]
+        latest = np.maximum.accumulate(end_ns)[:-1]
+        if (latest[~same] > start_ns[1:][~same]).any():
+            # A phase began while the one before still ran: each is lifted above everything in those before it.
+            lift = instance.astype(np.int64) * (int(end_ns.max()) + 1)
+            latest = np.maximum.accumulate(end_ns + lift)[:-1] - lift[:-1]
+        np.copyto(previous[1:], latest, where=same)
     if order is None:
         return previous
     result = np.empty_like(previous)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.identify import Identified
-from llmkern.attribute.tally import OP_COLUMNS, labelled
+from llmkern.attribute.tally import labelled
 from llmkern.attribute.timeline import NONE, build_timeline, by_start, read_calls
 from llmkern.errors import UsageError
 from llmkern.runfolder.facts import RunFacts
@@ -77,7 +77,7 @@ class Overlay:
 def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overlay:
     """Return the overlay of the *passes* that were recorded; raises UsageError when none of them has a kernel."""
     run, index = attribution.run, attribution.run.facts.device.index
-    ops = run.table("ops", OP_COLUMNS)
+    ops = attribution.ops
     watts = _watts(attribution)
     kernels, gaps, launches, overheads, ranges, counters = [], [], [], [], [], []
     for name in passes:
@@ -193,7 +193,8 @@ def _kernels(
     codes, names = pd.factorize(placed["name"].astype(object))
     key, found = pd.factorize(pd.Series(op.astype(np.int64) * (len(names) + 1) + codes))
     distinct = np.asarray(found, np.int64)
-    labels = labelled(ops, distinct // (len(names) + 1), np.asarray(names)[distinct % (len(names) + 1)])
+    own = pd.Categorical(np.asarray(names, object)[distinct % (len(names) + 1)])
+    labels = labelled(ops, distinct // (len(names) + 1), own).astype({c: object for c in ("op", "module", "kind")})
     known = labels[["op", "module", "layer", "kind"]].rename(columns={"kind": "what"}).iloc[key].reset_index(drop=True)
     power = pd.DataFrame(
         {"phase": placed["phase"].astype(object).to_numpy(), "op_index": op, "name": placed["name"].astype(object)}

@@ -68,7 +68,7 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
         return pd.DataFrame(columns=_COLUMNS)
     account = attribution.accounts[phase]
     rows = attribution.kernels[(attribution.kernels["phase"] == phase) & (attribution.kernels["op_index"] != NONE)]
-    ops = attribution.run.table("ops", ["moved_bytes", "flops"])
+    ops = attribution.ops
     index = rows["op_index"].to_numpy(int)
     rows = rows.assign(
         moved_bytes=ops["moved_bytes"].to_numpy(float)[index] * rows["calls"],
@@ -77,6 +77,7 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     keys = ["op", "module", "signature"]
     frame = attribution.split(phase, keys)
     frame = frame[frame["op"] != UNIDENTIFIED].rename(columns={"launches": "kernels"})
+    rows = rows.astype(dict.fromkeys([*keys, "kind", "dtypes"], object))
     sums = rows.groupby(keys, sort=False)[["calls", "moved_bytes", "flops"]].sum()
     longest = rows.sort_values("duration_ns", ascending=False).drop_duplicates(keys).set_index(keys)
     frame = frame.join(sums, on=keys).join(longest[["kind", "dtypes"]], on=keys)

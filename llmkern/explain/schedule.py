@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.host import WAITS, HostTrace
-from llmkern.attribute.timeline import NONE, containing, find
+from llmkern.attribute.timeline import NONE, containing
 
 # Enough kernels for a few token steps, few enough to be run again a hundred times.
 MOST_KERNELS = 12_000
@@ -107,7 +107,7 @@ def schedule(trace: HostTrace, phase: str) -> Schedule | None:
     rows = rows[np.lexsort((kernels["start_ns"].to_numpy()[rows], correlation))]
     correlation = kernels["correlation_id"].to_numpy()[rows]
     calls = trace.calls
-    call = find(calls["correlation_id"].to_numpy(), correlation)
+    call = kernels["call"].to_numpy()[rows]
     if (call < 0).mean() > 0.5:
         return None
     start, end = (kernels[c].to_numpy()[rows].astype(float) for c in ("start_ns", "end_ns"))

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
 
 from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.tally import OP_COLUMNS, labelled
+from llmkern.attribute.tally import labelled
 from llmkern.estimate import Estimate
 from llmkern.explain.roofline import roofline
 from llmkern.explain.schedule import Schedule, schedule
@@ -55,6 +54,8 @@ class _Case:
     plan: Schedule
     # What the kernels of the schedule are (see labelled).
     planned: pd.DataFrame
+    # What the model makes of it unchanged.
+    modelled_s: float
 
 
 @dataclass(frozen=True)
@@ -226,24 +227,40 @@ def _calibrated(plan: Schedule, account: PhaseAccount) -> Schedule:
     if low * high > 0:
         # Where the device is what takes the time, the host's factor changes nothing.
         return plan
-    factor = float(brentq(lambda f: plan.latency_s(f) - wanted_s, *_FACTORS, rtol=1e-3))
+    factor = _root(lambda f: plan.latency_s(f) - wanted_s, _FACTORS, (low, high))
     return replace(plan, **{n: getattr(plan, n) * factor for n in ("before_ns", "after_ns", "call_ns")})
+
+
+def _root(of: Callable[[float], float], ends: tuple[float, float], values: tuple[float, float]) -> float:
+    """Return to 0.1 % where the rising function *of* is zero; *values* are those at *ends* (regula falsi, Illinois)."""
+    (left, right), (low, high) = ends, values
+    side = 0
+    while right - left > 1e-3 * left:
+        middle = float(np.clip((left * high - right * low) / (high - low), left + 4e-4 * left, right - 4e-4 * left))
+        value = of(middle)
+        if value < 0:
+            left, low = middle, value
+            high = high / 2 if side < 0 else high
+            side = -1
+        else:
+            right, high = middle, value
+            low = low / 2 if side > 0 else low
+            side = 1
+    return (left + right) / 2
 
 
 def _case(attribution: Attribution, phase: str, plan: Schedule, names: pd.Index) -> _Case:
     kernels = attribution.kernels[attribution.kernels["phase"] == phase]
-    keys = ["op_index", "name"]
-    dynamic_j = attribution.split(phase, keys).set_index(keys)["dynamic_j"]
-    kernels = kernels.assign(dynamic_j=dynamic_j.reindex(pd.MultiIndex.from_frame(kernels[keys])).to_numpy())
-    planned = labelled(attribution.run.table("ops", OP_COLUMNS), plan.op, names.to_numpy(object)[plan.name])
-    return _Case(phase, kernels, roofline(attribution, phase), plan, planned)
+    joules = attribution.accounts[phase].joules
+    kernels = kernels.assign(dynamic_j=np.nan if joules is None else joules.dynamic(kernels))
+    planned = labelled(attribution.ops, plan.op, pd.Categorical.from_codes(plan.name, categories=names))
+    return _Case(phase, kernels, roofline(attribution, phase), plan, planned, plan.latency_s())
 
 
 def _predicted(fix: Fix, account: PhaseAccount, case: _Case, change: _Change) -> Prediction:
     latency, energy = account.weight.latency_s, account.weight.energy_j
-    modelled_s = case.plan.latency_s()
     # The ratio of two runs of the model: what it gets wrong of both, it does not get wrong here.
-    factor = change.plan.latency_s() / modelled_s
+    factor = change.plan.latency_s() / case.modelled_s
     predicted_s = latency.value * factor
     # Kernels do not vary from round to round, the host does.
     busy = (

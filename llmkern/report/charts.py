@@ -11,7 +11,7 @@ import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.host import WAITS, HostTrace
-from llmkern.attribute.tally import OP_COLUMNS, labelled
+from llmkern.attribute.tally import labelled
 from llmkern.attribute.timeline import NONE
 from llmkern.explain.compare import Difference
 from llmkern.report.tables import records
@@ -316,8 +316,8 @@ def _median_token(trace: HostTrace) -> np.ndarray | None:
 
 def _kinds(attribution: Attribution, trace: HostTrace, rows: np.ndarray) -> np.ndarray:
     op = trace.identified.op[rows] if trace.identified is not None else np.full(len(rows), NONE)
-    names = trace.timeline.kernels["name"].iloc[rows].astype(str).to_numpy(object)
-    return labelled(attribution.run.table("ops", OP_COLUMNS), op, names)["kind"].to_numpy(object)
+    names = trace.timeline.kernels["name"].astype("category").iloc[rows].array
+    return labelled(attribution.ops, op, names)["kind"].to_numpy(object)
 
 
 def _coloured(field: str, values: Iterable[str], legend: Any) -> Any:

@@ -9,6 +9,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,8 +22,12 @@ from llmkern.runfolder.schema import DERIVED, TABLES
 from llmkern.runfolder.validate import check, conform
 from llmkern.runfolder.writer import crc32_of, is_locked
 
-# Read by the columns and passes that are asked for: ten million rows are not kept for what may come.
-_LARGE = ("kernels", "launches")
+# Of the tables that may have ten million rows: what an analysis needs of them, and is kept. More is read when it is asked
+# for.
+_NEEDED = {
+    "kernels": ["pass", "device", "start_ns", "end_ns", "stream", "correlation_id", "name"],
+    "launches": ["pass", "start_ns", "end_ns", "correlation_id", "api"],
+}
 _SEGMENT = re.compile(r"^(\w+)-(\d{6})(?:-([0-9a-f]{8}))?$")
 
 
@@ -78,27 +83,23 @@ class RunFolder:
     ) -> pd.DataFrame:
         """Return table *name* (its *columns*, the rows *where* a column has a value); an absent table has no rows.
 
-        Segments of an interrupted run are read as well, every file once: all tables but the largest are kept. Raises
-        RunFolderError for a file that is damaged, lacks columns or holds values that no run has.
+        Segments of an interrupted run are read as well, every file once: what was read is kept. Raises RunFolderError for a file that is damaged, lacks columns or holds values that no run has.
         """
-        if name in _LARGE:
-            key = (name, tuple(columns or ()), tuple(sorted((where or {}).items(), key=str)))
-            if key not in self._kept:
-                self._kept[key] = self._table(name, columns, where)
-            return self._kept[key].copy(deep=False)
-        if (name, (), ()) not in self._kept:
-            self._kept[name, (), ()] = self._table(name, None, None)
-        frame = self._kept[name, (), ()]
+        every = TABLES[name].names
+        needed = _NEEDED.get(name, every)
+        read = needed if {*(columns or every), *(where or ())} <= set(needed) else every
+        key = (name, len(read))
+        if key not in self._kept:
+            self._kept[key] = self._table(name, read)
+        frame = self._kept[key]
         for column, value in (where or {}).items():
-            frame = frame[frame[column] == value]
+            frame = rows_with(frame, column, value)
         if where:
             frame = frame.reset_index(drop=True)
         return (frame if columns is None else frame[columns]).copy(deep=False)
 
-    def _table(self, name: str, columns: list[str] | None, where: Mapping[str, object] | None) -> pd.DataFrame:
-        wanted = columns or TABLES[name].names
-        chosen = [(column, "==", value) for column, value in (where or {}).items()] or None
-        parts = [self._read(file, name, wanted, chosen) for file in self._files(name)]
+    def _table(self, name: str, wanted: list[str]) -> pd.DataFrame:
+        parts = [self._read(file, name, wanted) for file in self._files(name)]
         if not parts:
             return TABLES[name].empty_table().select(wanted).to_pandas()
         table = pa.concat_tables(parts).unify_dictionaries()
@@ -107,31 +108,25 @@ class RunFolder:
         # Millions of rows: column by column, each freed as it is converted.
         return table.to_pandas(split_blocks=True, self_destruct=True)
 
-    def _read(self, file: Path, name: str, wanted: list[str], chosen: list[tuple[str, str, object]] | None) -> pa.Table:
+    def _read(self, file: Path, name: str, wanted: list[str]) -> pa.Table:
         self._verify(file, name)
         try:
-            there = pq.read_schema(file).names
+            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+            there = parquet.schema_arrow.names
             lacking = [column for column in wanted if column not in there]
             if lacking:
                 raise RunFolderError(
                     f"{file} lacks the columns {', '.join(lacking)}: it was not written by llmkern; restore it, or "
                     "trace the run again."
                 )
-            table = pq.read_table(file, columns=wanted, filters=chosen, page_checksum_verification=True)
+            table = parquet.read(columns=wanted)
         except (pa.ArrowException, OSError, ValueError, TypeError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
             raise RunFolderError(
                 f"{file} is torn or not a Parquet file ({reason}): restore it, or trace the run again."
             ) from error
         table = conform(name, table, file)
-        try:
-            check(name, table, file)
-        except RunFolderError:
-            if chosen is None:
-                raise
-            # Rows are told as they are in the file, not as they were chosen.
-            check(name, conform(name, pq.read_table(file, columns=wanted), file), file)
-            raise
+        check(name, table, file)
         return table
 
     def _verify(self, file: Path, name: str) -> None:
@@ -200,6 +195,16 @@ class RunFolder:
         ]
 
 
+def rows_with(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
+    """Return the rows of *frame* with *value* in *column*: itself where all have it, and no copy where they are one run."""
+    same = np.flatnonzero((frame[column] == value).to_numpy())
+    if len(same) == len(frame):
+        return frame
+    if len(same) and same[-1] - same[0] == len(same) - 1:
+        return frame.iloc[same[0] : same[-1] + 1]
+    return frame.iloc[same]
+
+
 def _recorded(path: Path) -> Path:
     if (path / FACTS).is_file() or not path.name:
         return path
@@ -211,7 +216,7 @@ def _whole(file: Path, crc: str | None) -> bool:
     try:
         if crc is not None:
             return zlib.crc32(file.read_bytes()) == int(crc, 16)
-        pq.read_table(file, page_checksum_verification=True)
+        pq.ParquetFile(file, page_checksum_verification=True).read()
     except (pa.ArrowException, OSError, ValueError):
         return False
     return True

@@ -101,15 +101,32 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 def _repeated(table: pa.Table, columns: list[str]) -> Iterator[tuple[int, str]]:
     first = _numbers(table[columns[0]])
     rows = np.flatnonzero(first > 0)
-    # Recorders count up: only what is out of order has to be sorted.
-    keys = [_numbers(table[column].unify_dictionaries())[rows] for column in columns]
-    order = np.lexsort(keys) if len(keys) > 1 or (np.diff(keys[0]) <= 0).any() else np.arange(len(rows))
+    rows = slice(None) if len(rows) == len(first) else rows
+    keys = [first[rows], *(_numbers(table[column].unify_dictionaries())[rows] for column in columns[1:])]
+    if _rises(keys[0], keys[1:]):
+        return
+    rows = np.arange(len(first))[rows]
+    order = np.lexsort(keys)
     same = np.ones(max(0, len(rows) - 1), bool)
     for key in keys:
         same &= key[order][1:] == key[order][:-1]
     if same.any():
         row = int(rows[order[1:][np.argmax(same)]])
         yield row, f"{columns[0]} {first[row]} comes twice"
+
+
+def _rises(values: np.ndarray, groups: list[np.ndarray]) -> bool:
+    """Whether *values* only rise within each of *groups*, each of which is there in one piece: so recorders write."""
+    rises = values[1:] > values[:-1]
+    if not groups or not len(values):
+        return bool(rises.all())
+    new = np.zeros(len(rises), bool)
+    for group in groups:
+        new |= group[1:] != group[:-1]
+    pieces = np.append(0, np.flatnonzero(new) + 1)
+    return bool((rises | new).all()) and len(set(zip(*(g[pieces].tolist() for g in groups), strict=True))) == len(
+        pieces
+    )
 
 
 def _falling(table: pa.Table, value: str, time: str, groups: tuple[str, ...]) -> Iterator[tuple[int, str]]:
