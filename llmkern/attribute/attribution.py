@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pandas as pd
 
 from llmkern.attribute.account import PhaseAccount, account_phase
 from llmkern.attribute.effect import recorder_effects
-from llmkern.attribute.host import HostTrace, read_host
+from llmkern.attribute.host import HostTrace, host_of, read_host
 from llmkern.attribute.identify import Identified, Inspected, identify, read_inspected
 from llmkern.attribute.joules import EqualPower, without_energy
 from llmkern.attribute.marginal import Marginals
@@ -25,13 +26,17 @@ from llmkern.runfolder import RunFolder
 from llmkern.runfolder.schema import TABLES
 from llmkern.runfolder.vocabulary import RAPL_COUNTER
 
+# From so many kernels on the host's calls are worked on beside the rest.
+_MANY = 500_000
+
 
 @dataclass(frozen=True)
 class Attribution:
     """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
 
     ``kernels`` are those of one unit of each phase, summed by name and operator (see tally_kernels), ``ops`` the
-    operators behind them (see operators), ``marginals`` the joules per launch where operators were replayed, from ``evidence``.
+    operators behind them (see operators), ``marginals`` the joules per launch where operators were replayed,
+    from ``evidence``.
     """
 
     run: RunFolder
@@ -48,6 +53,8 @@ class Attribution:
     host: Weighed | None
     sensor: str
     device: int | None
+    # Returns what the host did in pass *calls*.
+    called: Callable[[], HostTrace | None]
     # What was made of it already: splits, roofs. Frames in here are handed out as copies.
     memo: dict[Any, pd.DataFrame] = field(default_factory=dict, compare=False, repr=False)
 
@@ -66,7 +73,7 @@ class Attribution:
     @cached_property
     def host_trace(self) -> HostTrace | None:
         """Return what the host did, None where no host call was recorded."""
-        return read_host(self.run, self.timeline, self.inspected, self.identified, self.ops)
+        return self.called() or host_of(self.run, self.timeline, self.identified, self.ops)
 
     @cached_property
     def gaps(self) -> pd.DataFrame:
@@ -130,6 +137,15 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     """
     device = run.facts.device
     index = device.index
+    beside = ThreadPoolExecutor(1)
+    # The two large tables at the same time; whoever needs one first waits for it, or is told what is wrong with it.
+    beside.submit(run.table, "launches", ["pass"])
+    inspected = read_inspected(run, index)
+    ops = operators(run.table("ops", OP_COLUMNS))
+    called: Callable[[], HostTrace | None] = partial(read_host, run, inspected, ops)
+    if len(run.table("kernels", ["pass"])) >= _MANY:
+        called = beside.submit(called).result
+    beside.shutdown(wait=False)
     timeline = read_timeline(run, index)
     host = None
     sensor, counted = device.counter, device.counted
@@ -149,9 +165,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
             account = replace(account, traced_latency_s=weight.latency_s.value)
         if account is not None:
             accounts[phase] = replace(account, recorder_effect=effects.get(phase))
-    inspected = read_inspected(run, index)
     identified = identify(inspected, timeline) if inspected is not None else None
-    ops = operators(run.table("ops", OP_COLUMNS))
     kernels = tally_kernels(timeline, identified, ops)
     marginals = evidence = None
     if weighed is not None and not equal_power:
@@ -179,6 +193,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         host,
         sensor,
         counted,
+        called,
     )
 
 

@@ -36,19 +36,25 @@ class HostTrace:
     tally: pd.DataFrame
 
 
-def read_host(
-    run: RunFolder, timed: Timeline, inspected: Inspected | None, identified: Identified | None, ops: pd.DataFrame
+def read_host(run: RunFolder, inspected: Inspected | None, ops: pd.DataFrame) -> HostTrace | None:
+    """Return what the host did in pass *calls*, None where there was none."""
+    calls = read_calls(run, "calls")
+    if calls.empty:
+        return None
+    timeline = read_timeline(run, run.facts.device.index, "calls", calls)
+    identified = identify(inspected, timeline) if inspected is not None else None
+    return _traced(run, "calls", timeline, identified, ops)
+
+
+def host_of(run: RunFolder, timed: Timeline, identified: Identified | None, ops: pd.DataFrame) -> HostTrace | None:
+    """Return what the host did in pass *time*, *timed*, where its calls were recorded there: so older runs have it."""
+    return _traced(run, "time", timed, identified, ops)
+
+
+def _traced(
+    run: RunFolder, pass_name: str, timeline: Timeline, identified: Identified | None, ops: pd.DataFrame
 ) -> HostTrace | None:
-    """Return what the host did, None where no pass recorded its calls; *timed* is pass *time*, as *identified*."""
-    device = run.facts.device.index
-    timeline = timed
-    pass_name, calls = "calls", read_calls(run, "calls")
-    if len(calls):
-        timeline = read_timeline(run, device, pass_name, calls)
-        identified = identify(inspected, timeline) if inspected is not None else None
-    else:
-        # Runs recorded before pass *calls* existed have the host's calls in pass *time*.
-        pass_name, calls = "time", read_calls(run, "time")
+    calls = read_calls(run, pass_name)
     if calls.empty:
         return None
     overheads = run.table("overheads", where={"pass": pass_name})

@@ -33,22 +33,41 @@ class KernelJoules(Protocol):
         ...
 
 
-def _grouped(rows: pd.DataFrame, keys: Sequence[str]) -> Any:
-    return rows.groupby(list(keys), sort=False, dropna=False, observed=True)
+def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
+    return _summed(rows, keys)[0]
 
 
-def summed(rows: pd.DataFrame, keys: Sequence[str], numbered: bool = False) -> pd.DataFrame:
-    """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies.
+def _summed(rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return what summed does, and of each of *rows* to which row of that it belongs."""
+    number = np.zeros(len(rows), np.int64)
+    for key in keys:
+        column = rows[key]
+        known = column.cat.codes.to_numpy() if isinstance(column.dtype, pd.CategoricalDtype) else column.factorize()[0]
+        # Codes begin at -1, for what is missing.
+        number *= int(known.max(initial=0)) + 2
+        number += known + 1
+    _, first, group = np.unique(number, return_index=True, return_inverse=True)
+    launches, duration_ns = (
+        np.bincount(group, rows[c].to_numpy(float), len(first)) for c in ("launches", "duration_ns")
+    )
+    # The longest first, and of those that are as long the one that came first.
+    order = np.lexsort([first, -duration_ns])
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    frame = pd.DataFrame(
+        {
+            # From here on they are few, and texts like any other.
+            **{key: _plain(rows[key].array.take(first[order])) for key in keys},
+            "launches": launches[order],
+            "duration_ns": duration_ns[order],
+        }
+    )
+    return frame, place[group]
 
-    With *numbered* the column group says which group (see pandas' ngroup) a row is of.
-    """
-    grouped = _grouped(rows, keys)[["launches", "duration_ns"]].sum().reset_index()
-    if numbered:
-        grouped["group"] = np.arange(len(grouped))
-    # From here on they are few, and texts like any other.
-    texts = [c for c in keys if isinstance(grouped[c].dtype, pd.CategoricalDtype)]
-    grouped = grouped.astype(dict.fromkeys(texts, object))
-    return grouped.sort_values("duration_ns", ascending=False, kind="stable", ignore_index=True)
+
+def _plain(column: Any) -> Any:
+    return column.astype(object) if isinstance(column.dtype, pd.CategoricalDtype) else column
 
 
 def without_energy(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
@@ -120,13 +139,11 @@ class MarginalJoules:
         return limited.value / max(free.value, 1e-12), limited.draws / np.maximum(free.draws, 1e-12)
 
     def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        group = _grouped(rows, keys).ngroup().to_numpy()
-        frame = summed(rows, keys, numbered=True)
+        frame, group = _summed(rows, keys)
         column = self._columns(rows)
-        wide = np.zeros((len(frame), len(self.signatures)))
+        seconds = np.zeros((len(frame), len(self.signatures)))
         known = column >= 0
-        np.add.at(wide, (group[known], column[known]), rows["duration_ns"].to_numpy(float)[known] / 1e9)
-        seconds = wide[frame.pop("group").to_numpy(int)]
+        np.add.at(seconds, (group[known], column[known]), rows["duration_ns"].to_numpy(float)[known] / 1e9)
         whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
         floor_share = seconds.sum(axis=1) / whole_s * self.busy_s
         floor_j = self.floor_w * floor_share

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -108,8 +109,8 @@ def kind_of(op: str, module: str, shapes: str, name: str) -> str:
     return "other"
 
 
-def kinds(kernels: pd.DataFrame) -> pd.Categorical:
-    """Return the kind of each of *kernels* (op, module, shapes, name)."""
+def kinds(kernels: pd.DataFrame) -> Any:
+    """Return the kind (a categorical) of each of *kernels* (op, module, shapes, name)."""
     columns = [kernels[c].astype("category").cat for c in ("op", "module", "shapes", "name")]
     key = np.zeros(len(kernels), np.int64)
     for column in columns:
@@ -117,8 +118,9 @@ def kinds(kernels: pd.DataFrame) -> pd.Categorical:
         key += column.codes.to_numpy()
     # Thousands of kernels are of a few hundred combinations.
     _, first, again = np.unique(key, return_index=True, return_inverse=True)
+    texts = [column.categories.to_numpy(object)[column.codes.to_numpy()[first]] for column in columns]
     found = []
-    for row in zip(*(column.categories.to_numpy(object)[column.codes.to_numpy()[first]] for column in columns)):
+    for row in zip(*texts, strict=True):
         op, module, shapes, name = map(str, row)
         found.append(KINDS.index(kind_of("" if op == UNIDENTIFIED else op, module, shapes, name)))
     return pd.Categorical.from_codes(np.array(found, np.int8)[again], categories=pd.Index(KINDS))

@@ -315,7 +315,7 @@ class _Problem:
     ties: np.ndarray
 
     def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> np.ndarray:
-        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (by how many sigmas the ties are off)."""
+        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (how many sigmas the ties are off)."""
         rows = np.vstack(
             [self.counts * self.width_j / self.sigma_j[:, None], np.eye(len(self.width_j)), self.ties * self.width_j]
         )

@@ -25,7 +25,7 @@ def nnls_many(rows: np.ndarray, right: np.ndarray) -> np.ndarray:
     while len(left):
         tried, slope = _tried(square, right[left], positive)
         exchanged = pivot.exchanged(positive, tried[0], slope[0], right[left[0]])
-        holds = (tried >= 0).all(axis=1) & (slope >= 0).all(axis=1)
+        holds = np.logical_and((tried >= 0).all(axis=1), (slope >= 0).all(axis=1))
         # Rounding may leave the side that is solved a hair outside of its solution.
         holds[0] |= exchanged is None
         found[np.ix_(left[holds], positive)] = np.maximum(tried[holds], 0.0)

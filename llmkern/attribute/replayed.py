@@ -43,8 +43,8 @@ def gather(
 ) -> Evidence | None:
     """Return the evidence of *run* in its replays and its weighed phases.
 
-    *kernels* are those of one unit of each phase (see tally_kernels) and *ops* their operators, *sensor* the counter's name and device,
-    *limit_w* the board's power limit. None without replays, an energy counter or an idle floor.
+    *kernels* are those of one unit of each phase (see tally_kernels) and *ops* their operators, *sensor* the counter's
+    name and device, *limit_w* the board's power limit. None without replays, an energy counter or an idle floor.
     """
     replays = run.table("replays")
     curve = counter_of(run, *sensor)

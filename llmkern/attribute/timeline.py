@@ -94,8 +94,11 @@ def build_timeline(
     end = kernels["end_ns"].to_numpy() - base_ns
     previous_end = _previous_end(instance, start, end)
     first = previous_end < 0
-    idle = np.where(first, 0, start - previous_end)
-    busy = end - np.where(first, start, np.minimum(np.maximum(start, previous_end), end))
+    idle = start - previous_end
+    idle[first] = 0
+    # Before the first kernel there is none that could still run: its previous end is below every start.
+    np.maximum(previous_end, start, out=previous_end)
+    busy = np.maximum(0, end - previous_end)
     count = len(phases)
     phases = phases.assign(
         wall_ns=phases["end_ns"] - phases["start_ns"],
@@ -104,7 +107,7 @@ def build_timeline(
         busy_ns=np.bincount(instance, busy, minlength=count),
         gap_ns=np.bincount(instance, np.maximum(0, idle), minlength=count),
     )
-    return Timeline(kernels, phases, _gaps(kernels, idle, previous_end, base_ns), tokens, outside)
+    return Timeline(kernels, phases, _gaps(kernels, idle), tokens, outside)
 
 
 def by_start(frame: pd.DataFrame) -> pd.DataFrame:
@@ -125,8 +128,10 @@ def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         table = np.full(most - least + 2, NONE, np.int32)
         # The first of equal keys is written last.
         table[(keys - least)[::-1]] = np.arange(len(keys), dtype=np.int32)[::-1]
-        inside = (wanted >= least) & (wanted <= most)
-        found: np.ndarray = table[np.where(inside, wanted - least, most - least + 1)]
+        place = wanted - least
+        if int(place.min()) < 0 or int(place.max()) > most - least:
+            place[(wanted < least) | (wanted > most)] = most - least + 1
+        found: np.ndarray = table[place]
         return found
     order = np.argsort(keys, kind="stable")
     position = np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)
@@ -215,16 +220,17 @@ def _previous_end(instance: np.ndarray, start_ns: np.ndarray, end_ns: np.ndarray
     return result
 
 
-def _gaps(kernels: pd.DataFrame, idle_ns: np.ndarray, previous_end: np.ndarray, base_ns: int) -> pd.DataFrame:
+def _gaps(kernels: pd.DataFrame, idle_ns: np.ndarray) -> pd.DataFrame:
     open_ = np.flatnonzero(idle_ns > 0)
+    duration_ns = idle_ns[open_]
     names = kernels["name"].astype("category").cat
     codes = names.codes.to_numpy()
     # The kernel before is the one that started last before; in a phase's first kernel no gap ends.
     before, after = (pd.Categorical.from_codes(codes[at], categories=names.categories) for at in (open_ - 1, open_))
     return pd.DataFrame(
         {
-            "start_ns": previous_end[open_] + base_ns,
-            "duration_ns": idle_ns[open_].astype(float),
+            "start_ns": kernels["start_ns"].to_numpy()[open_] - duration_ns,
+            "duration_ns": duration_ns.astype(float),
             "phase": kernels["phase"].array[open_],
             "instance": kernels["instance"].to_numpy()[open_],
             "token": kernels["token"].to_numpy()[open_],

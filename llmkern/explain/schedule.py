@@ -49,24 +49,31 @@ class Schedule:
 
     def latency_s(self, host_factor: float = 1.0) -> float:
         """Return the seconds per step, with the host's own times multiplied by *host_factor*."""
-        columns = (
-            self.before_ns * host_factor,
-            self.after_ns * host_factor,
-            self.call_ns * host_factor,
-            self.return_ns,
-            self.duration_ns,
+        if not len(self.op):
+            return 0.0
+        before, after, call = (ns * host_factor for ns in (self.before_ns, self.after_ns, self.call_ns))
+        # Between two waits the host only adds up its own times, and the device is as late as the kernel that held it up
+        # most; so each stretch from one wait to the next is a sum and a maximum, and only these follow each other.
+        at_launch = np.cumsum(before + after) + np.append(0.0, np.cumsum(call)[:-1])
+        queued = np.cumsum(self.duration_ns + self.gap_ns)
+        held_up = np.where(self.launched, at_launch + self.latency_ns + self.duration_ns - queued, -np.inf)
+        first = np.flatnonzero(np.append(True, self.waits[1:]))
+        last = np.append(first[1:], len(queued)) - 1
+        back = np.where(self.waits, self.return_ns, 0.0)[first]
+        stretches = (
+            before[first],
+            back,
+            after[first] - at_launch[first],
+            np.maximum.reduceat(held_up, first),
+            queued[last],
+            at_launch[last] + call[last],
         )
-        host = device = 0.0
-        latency, gap = self.latency_ns, self.gap_ns
-        waits, launched = self.waits.tolist(), self.launched.tolist()
-        for i, (before, after, call, back, duration) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
-            host += before
-            if waits[i]:
-                host = max(host, device) + back
-            host += after
-            # What is part of a graph is on the device already.
-            device = max(host + latency if launched[i] else 0.0, device + gap) + duration
-            host += call
+        host = device = ahead = 0.0
+        for until, returned, offset, most, done, issued in zip(*(s.tolist() for s in stretches), strict=True):
+            offset += max(host + until, device) + returned
+            ahead = max(ahead, offset + most)
+            device = ahead + done
+            host = offset + issued
         return max(host, device) / 1e9 / self.steps
 
     def without(self, gone: np.ndarray) -> Schedule:

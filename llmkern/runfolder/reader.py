@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import zlib
 from collections.abc import Mapping
 from glob import escape
@@ -22,8 +23,7 @@ from llmkern.runfolder.schema import DERIVED, TABLES
 from llmkern.runfolder.validate import check, conform
 from llmkern.runfolder.writer import crc32_of, is_locked
 
-# Of the tables that may have ten million rows: what an analysis needs of them, and is kept. More is read when it is asked
-# for.
+# Of the tables that may have ten million rows: what an analysis needs, and is kept. More is read if it is asked for.
 _NEEDED = {
     "kernels": ["pass", "device", "start_ns", "end_ns", "stream", "correlation_id", "name"],
     "launches": ["pass", "start_ns", "end_ns", "correlation_id", "api"],
@@ -60,6 +60,8 @@ class RunFolder:
         self.problems: list[str] = []
         self._verified: set[Path] = set()
         self._kept: dict[tuple[Any, ...], pd.DataFrame] = {}
+        # Threads that want the same table wait for the first to read it.
+        self._reading = {name: threading.Lock() for name in TABLES}
         self._segments = self._find_segments()
         self.problems += self._missing()
 
@@ -83,14 +85,16 @@ class RunFolder:
     ) -> pd.DataFrame:
         """Return table *name* (its *columns*, the rows *where* a column has a value); an absent table has no rows.
 
-        Segments of an interrupted run are read as well, every file once: what was read is kept. Raises RunFolderError for a file that is damaged, lacks columns or holds values that no run has.
+        Segments of an interrupted run are read as well, every file once: what was read is kept. Raises RunFolderError
+        for a file that is damaged, lacks columns or holds values that no run has.
         """
         every = TABLES[name].names
         needed = _NEEDED.get(name, every)
         read = needed if {*(columns or every), *(where or ())} <= set(needed) else every
         key = (name, len(read))
-        if key not in self._kept:
-            self._kept[key] = self._table(name, read)
+        with self._reading[name]:
+            if key not in self._kept:
+                self._kept[key] = self._table(name, read)
         frame = self._kept[key]
         for column, value in (where or {}).items():
             frame = rows_with(frame, column, value)
@@ -196,13 +200,13 @@ class RunFolder:
 
 
 def rows_with(frame: pd.DataFrame, column: str, value: object) -> pd.DataFrame:
-    """Return the rows of *frame* with *value* in *column*: itself where all have it, and no copy where they are one run."""
-    same = np.flatnonzero((frame[column] == value).to_numpy())
-    if len(same) == len(frame):
+    """Return the rows of *frame* with *value* in *column*: itself where all have it, no copy if they are in a row."""
+    same = (frame[column] == value).to_numpy(bool)
+    count = int(np.count_nonzero(same))
+    if count == len(frame):
         return frame
-    if len(same) and same[-1] - same[0] == len(same) - 1:
-        return frame.iloc[same[0] : same[-1] + 1]
-    return frame.iloc[same]
+    first, beyond = int(same.argmax()), len(same) - int(same[::-1].argmax())
+    return frame.iloc[first:beyond] if beyond - first == count else frame[same]
 
 
 def _recorded(path: Path) -> Path:

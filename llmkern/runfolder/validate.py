@@ -100,12 +100,12 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 
 def _repeated(table: pa.Table, columns: list[str]) -> Iterator[tuple[int, str]]:
     first = _numbers(table[columns[0]])
+    keys = [first, *(_numbers(table[column].unify_dictionaries()) for column in columns[1:])]
     rows = np.flatnonzero(first > 0)
-    rows = slice(None) if len(rows) == len(first) else rows
-    keys = [first[rows], *(_numbers(table[column].unify_dictionaries())[rows] for column in columns[1:])]
+    if len(rows) < len(first):
+        keys = [key[rows] for key in keys]
     if _rises(keys[0], keys[1:]):
         return
-    rows = np.arange(len(first))[rows]
     order = np.lexsort(keys)
     same = np.ones(max(0, len(rows) - 1), bool)
     for key in keys:
