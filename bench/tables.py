@@ -16,8 +16,8 @@ from typing import Any
 from bench.result import RESULTS
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
+from llmkern.explain.statement import state
 from llmkern.report.console import PlainConsole
-from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
 from llmkern.runfolder import RunFolder
 
@@ -216,7 +216,7 @@ def report() -> list[str]:
     """Return how the report of the recorded run of qwen-7b int8 begins, as it is printed today."""
     attribution = attribute(RunFolder(_ROOT / "tests" / "data" / "h100-qwen-7b-int8"))
     console = PlainConsole(file=io.StringIO(), width=100)
-    print_report(Explanation(attribution), doubts(attribution.run, attribution), console, top=4)
+    print_report(state(Explanation(attribution), top=4), console)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     lines = [line.rstrip() for line in text.partition("\n  • prefill")[0].strip().splitlines()]
     return ["```text", *lines, "```"]

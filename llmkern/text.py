@@ -43,6 +43,11 @@ def with_interval(estimate: Estimate | None, unit: str) -> str:
     return f"{value} [{low}, {high}] {name}"
 
 
+def percent(share: float, places: int = 0) -> str:
+    """Return *share* in percent with *places* decimals, never as minus zero."""
+    return f"{_plain_zero(f'{share * 100:.{places}f}')}%"
+
+
 def _plain_zero(text: str) -> str:
     return text.removeprefix("-") if not text.strip("-0.,") else text
 

@@ -78,7 +78,7 @@ def test_every_result_can_be_had_as_json(tiny_run: tuple[Path, str]) -> None:
         done = llmkern(*arguments)
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)
-        assert (document["schema"], document["document"]) == (1, name)
+        assert (document["schema"], document["document"]) == (2, name)
 
 
 def test_a_run_is_compared_with_another(tiny_run: tuple[Path, str]) -> None:

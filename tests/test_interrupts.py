@@ -15,12 +15,12 @@ from llmkern.attribute.effect import recorder_effects
 from llmkern.attribute.weighed import PhaseWeight, known_phases
 from llmkern.errors import InterruptedRunError, LlmkernError
 from llmkern.estimate import Estimate
+from llmkern.explain.doubts import doubts
 from llmkern.progress import Stages
 from llmkern.record import signals
 from llmkern.record.annotate import Annotator
 from llmkern.record.generation import Generation
 from llmkern.record.options import TraceOptions
-from llmkern.report.doubts import doubts
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import BARE, RECORDED
 from llmkern.workload.load import Source, load_model

@@ -12,7 +12,7 @@ from llmkern.attribute.timeline import Timeline
 from llmkern.attribute.weighed import PhaseWeight
 from llmkern.estimate import Estimate, from_samples
 
-# A board may exceed its limit for a moment, kernels on average may not.
+# An H100 limited to 700 W drew up to 711 W on average under products back to back, and a counter has a gain of its own.
 POWER_LIMIT_SLACK = 1.05
 
 
@@ -38,6 +38,10 @@ class PhaseAccount:
     traced_latency_s: float
     # By how much of itself the latency grew under the recorder; None where that was not measured.
     recorder_effect: Estimate | None = None
+
+    @property
+    def latency_s(self) -> float:
+        return self.weight.latency_s.value
 
     @property
     def kernel_j(self) -> Estimate | None:

@@ -18,10 +18,12 @@ from llmkern.attribute.host import HostTrace, host_of, read_host
 from llmkern.attribute.identify import Identified, Inspected, identify, read_inspected
 from llmkern.attribute.joules import EqualPower, without_energy
 from llmkern.attribute.marginal import Marginals
+from llmkern.attribute.memory import memory_energy
 from llmkern.attribute.replayed import Evidence, by_marginals, gather
 from llmkern.attribute.tally import OP_COLUMNS, operators, tally_kernels, tally_neighbours
 from llmkern.attribute.timeline import Timeline, read_timeline
 from llmkern.attribute.weighed import PhaseWeight, Weighed, traced_phases, weigh_phases
+from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.schema import TABLES
 from llmkern.runfolder.vocabulary import RAPL_COUNTER
@@ -74,6 +76,16 @@ class Attribution:
     def host_trace(self) -> HostTrace | None:
         """Return what the host did, None where no host call was recorded."""
         return self.called() or host_of(self.run, self.timeline, self.identified, self.ops)
+
+    @cached_property
+    def memory(self) -> dict[str, Estimate]:
+        """Return the J of the device's memory per unit of each phase (see memory_energy)."""
+        return {} if self.weighed is None else memory_energy(self.run, self.weighed, self.device)
+
+    @cached_property
+    def devices(self) -> int:
+        """Return on how many devices kernels ran."""
+        return int(self.run.table("kernels", ["device"])["device"].nunique())
 
     @cached_property
     def gaps(self) -> pd.DataFrame:

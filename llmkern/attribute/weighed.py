@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.by_ranges import ByRanges, energy_by_ranges
-from llmkern.attribute.calibration import calibrate, choose
+from llmkern.attribute.calibration import Sensor, calibrate, choose
 from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
 from llmkern.attribute.timeline import Timeline
 from llmkern.estimate import Estimate, from_samples
@@ -41,6 +41,7 @@ class Weighed:
 
     ``counter_j`` is what the counter moved from the first window's tick to the last window's; ``windows_j`` of it was
     spent in the windows, ``idle_j`` is floor x the time between them, and ``residual_j`` what is left.
+    ``sensors`` is what the self-test says of each source of power (see calibrate).
     ``samples_j`` is the integral of the faster power samples over the same time, None without them, and
     ``sample_lag_ms`` by how much they come late.
     """
@@ -54,6 +55,7 @@ class Weighed:
     residual_j: float | None = None
     samples_j: float | None = None
     sample_lag_ms: float | None = None
+    sensors: dict[str, Sensor] = field(default_factory=dict)
     # Phases whose latency cannot be told from nothing, with the sentence that says why.
     unknown: dict[str, str] = field(default_factory=dict)
 
@@ -83,8 +85,8 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     longest = ranges["new_tokens"].max()
     marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
     by_ranges = None
+    sensors = calibrate(run)
     if curve is not None:
-        sensors = calibrate(run)
         # Without a self-test (an older run, a CPU) the samples are taken where there are any.
         fine = device is not None and (not sensors or choose(sensors)[0] == "samples")
         sample_ns, sample_w = _samples(curve, power if fine else power.iloc[:0], books)
@@ -93,7 +95,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     if not phases and not unknown:
         return None
     lag_ms = by_ranges.lag_ms if by_ranges is not None else None
-    return Weighed(phases, floor, mean_c, **books, sample_lag_ms=lag_ms, unknown=unknown)
+    return Weighed(phases, floor, mean_c, **books, sample_lag_ms=lag_ms, sensors=sensors, unknown=unknown)
 
 
 def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight], dict[str, str]]:

@@ -55,7 +55,7 @@ def check_wanted(folder: Path, wanted: Wanted) -> None:
         check_output(wanted.page, [folder, wanted.baseline], "--html")
         check_file_target(wanted.page, is_page, force=True, option="--html")
     if wanted.csv_folder is not None:
-        from llmkern.report.tables import check_csv_folder
+        from llmkern.report.records import check_csv_folder
 
         check_output(wanted.csv_folder, [folder, wanted.baseline], "--csv")
         check_csv_folder(wanted.csv_folder)
@@ -65,31 +65,35 @@ def show_report(folder: Path, wanted: Wanted) -> None:
     """Print or write the report of run *folder*; nothing is written into it."""
     from llmkern.attribute.attribution import attribute
     from llmkern.explain import Explanation
-    from llmkern.report.doubts import doubts
+    from llmkern.explain.statement import state
     from llmkern.runfolder import RunFolder
 
     run = RunFolder(folder)
     check_wanted(run.path, wanted)
     explanation = Explanation(attribute(run))
-    uncertain = doubts(run, explanation.attribution)
-    if wanted.csv_folder is not None:
-        from llmkern.report.tables import run_tables, write_csv
-
-        write_csv(run_tables(explanation), wanted.csv_folder)
+    statement = state(explanation, wanted.top)
     if wanted.page is not None:
+        from llmkern.explain.page_data import page_data
         from llmkern.report.html import write_page
-        from llmkern.report.terminal import books
 
         other = attribute(RunFolder(wanted.baseline)) if wanted.baseline is not None else None
-        write_page(explanation, uncertain, books(run, explanation.attribution), wanted.page, other)
+        write_page(statement, page_data(explanation, other), wanted.page)
         click.echo(f"Wrote {wanted.page} ({wanted.page.stat().st_size / 2**20:.1f} MiB).", err=True)
-        if not wanted.as_json:
-            return
-    if wanted.as_json:
-        from llmkern.report.document import echo, report_document
+    if wanted.csv_folder is not None or wanted.as_json:
+        from llmkern.explain.tables import run_tables
 
-        echo(report_document(explanation, uncertain))
+        tables = run_tables(explanation)
+        if wanted.csv_folder is not None:
+            from llmkern.report.records import statement_tables, write_csv
+
+            write_csv({**statement_tables(statement), **tables}, wanted.csv_folder)
+        if wanted.as_json:
+            from llmkern.report.document import echo, report_document
+
+            echo(report_document(statement, tables))
+            return
+    if wanted.page is not None:
         return
     from llmkern.report.terminal import print_report
 
-    print_report(explanation, uncertain, console(), wanted.top)
+    print_report(statement, console())

@@ -24,19 +24,21 @@ def command(
     from llmkern.attribute.attribution import attribute
     from llmkern.explain.compare import compare
     from llmkern.report.difference import print_difference
-    from llmkern.report.document import difference_document, echo
-    from llmkern.report.tables import check_csv_folder, difference_tables, write_csv
+    from llmkern.report.document import difference_document, echo, run_facts
+    from llmkern.report.records import check_csv_folder, difference_tables, write_csv
     from llmkern.runfolder import RunFolder
     from llmkern.runfolder.place import check_output
 
     if csv_folder is not None:
         check_output(csv_folder, [before, after], "--csv")
         check_csv_folder(csv_folder)
-    first, second = (attribute(RunFolder(path)) for path in (before, after))
+    runs = [RunFolder(path) for path in (before, after)]
+    first, second = (attribute(run) for run in runs)
     differences = compare(first, second, against)
     if csv_folder is not None:
         write_csv(difference_tables(differences), csv_folder)
     if as_json:
-        echo(difference_document(first, second, differences))
+        told = [run_facts(run.facts, str(run.path), run.status) for run in runs]
+        echo(difference_document(told[0], told[1], differences))
     else:
-        print_difference(first, second, differences, common.console(), top)
+        print_difference(runs[0].facts, runs[1].facts, differences, common.console(), top)

@@ -40,7 +40,9 @@ class Checked:
 
 @dataclass(frozen=True)
 class Difference:
-    """One phase of two runs, per token (decode: generated, prefill: of the prompts without padding).
+    """One phase of two runs, *per* token (decode: generated, prefill: of the prompts without padding).
+
+    Where one of the runs does not say how many tokens a unit has, everything is per unit.
 
     ``bars`` has part (kernels, gaps or residual), name (kind or cause), before_j, after_j, change_j with low_j and
     high_j, before_s, after_s, change_s, launches_before, launches_after and verdict (more, less, not distinguishable,
@@ -50,6 +52,7 @@ class Difference:
     """
 
     phase: str
+    per: str
     before_s: Estimate
     after_s: Estimate
     before_j: Estimate | None
@@ -59,6 +62,18 @@ class Difference:
     modules: pd.DataFrame
     checked: Checked | None
     missing: tuple[str, ...] = ()
+
+    @property
+    def ratio_s(self) -> float:
+        """Return the time of the second run in times of the first."""
+        return self.after_s.value / self.before_s.value
+
+    @property
+    def ratio_j(self) -> float:
+        """Return the energy of the second run in times of the first, NaN where one has none."""
+        if self.before_j is None or self.after_j is None:
+            return float("nan")
+        return self.after_j.value / self.before_j.value
 
 
 def compare(before: Attribution, after: Attribution, against: str | None = None) -> list[Difference]:
@@ -83,16 +98,21 @@ def compare(before: Attribution, after: Attribution, against: str | None = None)
     return [_difference(before, after, phase, predictions.get(phase)) for phase in reversed(shared)]
 
 
-def tokens(attribution: Attribution, account: PhaseAccount) -> int:
-    """Return how many tokens a unit of the phase of *account* stands for."""
+def tokens(attribution: Attribution, account: PhaseAccount) -> int | None:
+    """Return how many tokens a unit of the phase of *account* stands for, None where nothing says so."""
+    facts = attribution.run.facts
+    if facts.imported is not None and not facts.energy_of:
+        return None
     if account.unit == "call":
-        return max(1, sum(prompts.effective_tokens) if (prompts := attribution.run.facts.prompts) is not None else 1)
-    return attribution.run.facts.options.batch
+        return (sum(facts.prompts.effective_tokens) or None) if facts.prompts is not None else None
+    return facts.options.batch if account.unit == "token" else None
 
 
 def _difference(before: Attribution, after: Attribution, phase: str, prediction: Prediction | None) -> Difference:
     first, second = before.accounts[phase].weight, after.accounts[phase].weight
-    scale = [1 / tokens(a, a.accounts[phase]) for a in (before, after)]
+    counts = [tokens(a, a.accounts[phase]) for a in (before, after)]
+    per = "token" if all(counts) else after.accounts[phase].unit
+    scale = [1 / count if count and per == "token" else 1.0 for count in counts]
     checked = None if prediction is None else Checked(prediction, second.latency_s, second.energy_j)
 
     caused = all(len(a.gaps) for a in (before, after))
@@ -104,12 +124,14 @@ def _difference(before: Attribution, after: Attribution, phase: str, prediction:
         missing.append("One of the runs has no operators (pass inspect): nothing can be compared by module.")
 
     def view(kernel_keys: list[str], gap_keys: list[str]) -> pd.DataFrame:
-        return _joined(*(_parts(a, phase, kernel_keys, gap_keys, caused) for a in (before, after)))
+        sides = zip((before, after), scale, strict=True)
+        return _joined(*(_parts(a, phase, (kernel_keys, gap_keys), caused, s) for a, s in sides))
 
     modules = view(["kind", "module"], ["cause", "module"])
 
     return Difference(
         phase,
+        per,
         first.latency_s.scaled(scale[0]),
         second.latency_s.scaled(scale[1]),
         None if first.energy_j is None else first.energy_j.scaled(scale[0]),
@@ -123,13 +145,14 @@ def _difference(before: Attribution, after: Attribution, phase: str, prediction:
 
 
 def _parts(
-    attribution: Attribution, phase: str, kernel_keys: list[str], gap_keys: list[str], caused: bool
+    attribution: Attribution, phase: str, by: tuple[list[str], list[str]], caused: bool, scale: float
 ) -> pd.DataFrame:
-    """Return kernels, gaps (by cause if *caused*) and the residual of one token.
+    """Return kernels and gaps (by cause if *caused*) *by* their keys and the residual, of a unit times *scale*.
 
     Columns: j, below_j and above_j (to the ends of its interval), s and launches.
     """
     account = attribution.accounts[phase]
+    kernel_keys, gap_keys = by
     kernels = attribution.split(phase, kernel_keys).assign(part="kernels")
     if caused:
         gaps = attribution.split_gaps(phase, gap_keys).assign(part="gaps")
@@ -155,7 +178,6 @@ def _parts(
     rest_ns = (account.weight.latency_s.value - account.gap_s.value) * 1e9 - float(kernels["duration_ns"].sum())
     rest |= {"energy_j": residual_j, "low_j": residual_j, "high_j": residual_j, "duration_ns": rest_ns}
     rows = pd.concat([rows, pd.DataFrame([rest])], ignore_index=True)
-    scale = 1 / tokens(attribution, account)
     keys = ["part", "name", *(["module"] if "module" in kernel_keys else [])]
     return pd.DataFrame(
         {

@@ -43,6 +43,13 @@ class Prediction:
     latency_before_s: float
     energy_before_j: float | None
 
+    @property
+    def saves(self) -> float | None:
+        """Return the share of the phase's energy that the fix saves, None where there is no energy."""
+        if self.energy_j is None or not self.energy_before_j:
+            return None
+        return 1 - self.energy_j.value / self.energy_before_j
+
 
 @dataclass(frozen=True)
 class _Case:

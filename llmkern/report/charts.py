@@ -6,21 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import altair as alt
-import numpy as np
 import pandas as pd
 
-from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.host import WAITS, HostTrace
-from llmkern.attribute.tally import labelled
-from llmkern.attribute.timeline import NONE
 from llmkern.explain.compare import Difference
-from llmkern.report.tables import records
-from llmkern.text import quantity, short_name
+from llmkern.explain.statement import PhaseStatement, Statement
+from llmkern.explain.token_step import TokenStep
+from llmkern.report.records import records
+from llmkern.text import percent, quantity, short_name
 
 # More bars than this are one bar more.
 _MOST_BARS = 12
-# Samples of power come every 20 ms: one beyond either end of a short step.
-_MARGIN_NS = 30_000_000
 _ORDER = ["gaps", "kernels"]
 _GROUPS = {
     "gaps": "#e0a526",
@@ -64,43 +59,50 @@ COLOURS = {
 _LEAST_US = 1e-3
 
 
-def waterfall(attribution: Attribution, phase: str) -> Spec | None:
+def waterfall(statement: Statement, phase: PhaseStatement) -> Spec | None:
     """Return the energy of one unit of *phase* as bars that add up: gaps by cause, kernels by kind, residual."""
-    account = attribution.accounts[phase]
-    energy = account.weight.energy_j
-    if energy is None or account.joules is None:
+    energy = phase.energy_j
+    if energy is None or phase.kernels is None:
         return None
     rows: list[dict[Any, Any]] = []
-    gaps = attribution.split_gaps(phase, ["cause"]) if len(attribution.gaps) else None
-    if gaps is not None:
-        rows += [{"label": f"gaps: {row['cause']}", "group": "gaps", **row} for row in gaps.to_dict("records")]
-    elif account.gap_j is not None:
-        ends: dict[str, Any] = {
-            "energy_j": account.gap_j.value,
-            "low_j": account.gap_j.low,
-            "high_j": account.gap_j.high,
-        }
-        rows.append({"label": "gaps", "group": "gaps", **ends})
-    kinds = attribution.split(phase, ["kind"]).sort_values("energy_j", ascending=False)
+    if "causes" in statement.shown:
+        rows += [{"label": f"gaps: {row['cause']}", "group": "gaps", **row} for row in _of(statement, "causes", phase)]
+    elif phase.gaps is not None:
+        part = phase.gaps.energy_j
+        rows.append({"label": "gaps", "group": "gaps", "energy_j": part.value, "low_j": part.low, "high_j": part.high})
+    kinds = _of(statement, "kinds", phase)
     shown = max(1, _MOST_BARS - len(rows))
-    rows += [{"label": str(row["kind"]), "group": "kernels", **row} for row in kinds.head(shown).to_dict("records")]
-    rest = kinds.iloc[shown:]
-    if len(rest):
-        sums = rest[["energy_j", "low_j", "high_j"]].sum().to_dict()
+    rows += [{"label": str(row["kind"]), "group": "kernels", **row} for row in kinds[:shown]]
+    rest = kinds[shown:]
+    if rest:
+        # A bar for what has no room of its own.
+        sums = {key: sum(row[key] for row in rest) for key in ("energy_j", "low_j", "high_j")}
         rows.append({"label": f"{len(rest)} other kinds", "group": "kernels", **sums})
     rows.sort(key=lambda row: (_ORDER.index(row["group"]), -float(row["energy_j"])))
-    if account.residual_j is not None:
-        rows.append({"label": "residual", "group": "residual", "energy_j": account.residual_j})
+    if phase.residual is not None:
+        rows.append({"label": "residual", "group": "residual", "energy_j": phase.residual.energy_j.value})
     at = 0.0
     bars = []
     for row in rows:
         value = float(row["energy_j"])
-        low, high = (float(row.get(key) or np.nan) for key in ("low_j", "high_j"))
-        bars.append(_bar(row["label"], row["group"], at, at + value, energy.value, at + low, at + high))
+        low, high = (row.get(key) for key in ("low_j", "high_j"))
+        bars.append(_bar(row["label"], row["group"], (at, at + value), energy.value, _beside(at, low, high)))
         at += value
-    bars.append(_bar(f"one {account.unit}", "whole", 0.0, at, energy.value, energy.low, energy.high))
-    described = f"Waterfall of the energy of one {account.unit} of {phase}"
-    return _bars(bars, f"J per {account.unit}", ["gaps", "kernels", "residual", "whole"], described)
+    bars.append(_bar(f"one {phase.unit}", "whole", (0.0, at), energy.value, (energy.low, energy.high)))
+    described = f"Waterfall of the energy of one {phase.unit} of {phase.phase}"
+    return _bars(bars, f"J per {phase.unit}", ["gaps", "kernels", "residual", "whole"], described)
+
+
+def _of(statement: Statement, name: str, phase: PhaseStatement) -> list[dict[Any, Any]]:
+    shown = statement.shown[name]
+    return shown[shown["phase"] == phase.phase].to_dict("records")
+
+
+def _beside(at: float, low: float | None, high: float | None) -> tuple[float | None, float | None]:
+    """Return the ends of an interval on the axis of a bar that begins *at*."""
+    if low is None or high is None or low != low or high != high:
+        return None, None
+    return at + low, at + high
 
 
 def difference(compared: Difference) -> Spec | None:
@@ -114,19 +116,18 @@ def difference(compared: Difference) -> Spec | None:
     if rest:
         rows.append({"part": "", "name": f"{len(rest)} others", "change_j": sum(r["change_j"] for r in rest)})
     at = before.value
-    bars = [_bar("before", "whole", 0.0, at, at, before.low, before.high)]
+    bars = [_bar("before", "whole", (0.0, at), at, (before.low, before.high))]
     for row in rows:
         change_j = float(row["change_j"])
-        half = (float(row.get("high_j", np.nan)) - float(row.get("low_j", np.nan))) / 2
         label = f"{row['part']}: {row['name']}" if row["part"] in ("gaps", "kernels") else str(row["name"])
         group = "more" if change_j > 0 else "less"
-        bar = _bar(
-            label, group, at, at + change_j, after.value - before.value, at + change_j - half, at + change_j + half
-        )
+        ends = _beside(at, row.get("low_j"), row.get("high_j"))
+        bar = _bar(label, group, (at, at + change_j), after.value - before.value, ends)
         bars.append({**bar, "energy": f"{'+' if change_j > 0 else ''}{bar['energy']}"})
         at += change_j
-    bars.append(_bar("after", "whole", 0.0, at, at, after.low, after.high))
-    return _bars(bars, "J per token", ["more", "less", "whole"], "Change of the energy per token of " + compared.phase)
+    bars.append(_bar("after", "whole", (0.0, at), at, (after.low, after.high)))
+    described = f"Change of the energy per {compared.per} of {compared.phase}"
+    return _bars(bars, f"J per {compared.per}", ["more", "less", "whole"], described)
 
 
 def _bars(bars: list[dict[str, Any]], title: str, groups: list[str], described: str) -> Spec:
@@ -150,12 +151,13 @@ def _bars(bars: list[dict[str, Any]], title: str, groups: list[str], described: 
 
 
 def _bar(
-    label: str, group: str, start: float, end: float, whole: float, low: float | None, high: float | None
+    label: str, group: str, span: tuple[float, float], whole: float, doubt: tuple[float | None, float | None]
 ) -> dict[str, Any]:
+    (start, end), (low, high) = span, doubt
     value = end - start
-    told = {"energy": quantity(value, "J"), "share": f"{value / whole:.1%}", "low": low, "high": high}
-    right = max(start, end, high if high is not None and high == high else end)
-    return {"label": label, "group": group, "start": start, "end": end, "right": right, **told}
+    told = {"energy": quantity(value, "J"), "share": percent(value / whole, 1) if whole else "", "low": low}
+    right = max(start, end, end if high is None else high)
+    return {"label": label, "group": group, "start": start, "end": end, "right": right, **told, "high": high}
 
 
 def roofs(frame: pd.DataFrame, unit: str) -> Spec | None:
@@ -227,43 +229,16 @@ def layer_map(layers: pd.DataFrame, phase: str) -> Spec | None:
     )
 
 
-def token_step(attribution: Attribution) -> Spec | None:
+def timeline(step: TokenStep) -> Spec:
     """Return one decoded token on the time axis: power, what the host called, kernels by kind, gaps by cause."""
-    trace = attribution.host_trace
-    if trace is None:
-        return None
-    rows = _median_token(trace)
-    if rows is None:
-        return None
-    kernels = trace.timeline.kernels.iloc[rows]
-    begin_ns, end_ns = int(kernels["issued_ns"].min()), int(kernels["end_ns"].max())
-    kind = _kinds(attribution, trace, rows)
     lines = ["lane,a,b,what,name"]
-
-    def add(lane: str, starts: Iterable[int], ends: Iterable[int], what: Iterable[str], names: Iterable[str]) -> None:
-        for start, end, colour, name in zip(starts, ends, what, names, strict=True):
-            plain = name.replace(",", ";").replace('"', "'")
-            lines.append(f"{lane},{(start - begin_ns) / 1e3:.1f},{(end - begin_ns) / 1e3:.1f},{colour},{plain}")
-
-    calls = trace.calls[(trace.calls["start_ns"] >= begin_ns) & (trace.calls["end_ns"] <= end_ns)]
-    api = calls["api"].astype(str)
-    waits = api.str.contains(WAITS)
-    add("host", calls["start_ns"], calls["end_ns"], np.where(waits, "host waits", "host launches"), api)
-    streams = kernels["stream"].to_numpy()
-    names = kernels["name"].astype(str)
-    short = names.map({name: short_name(name) for name in names.unique()})
-    for stream in np.unique(streams):
-        own = streams == stream
-        add(f"stream {stream}", kernels["start_ns"][own], kernels["end_ns"][own], kind[own], short[own])
-    gaps = trace.caused[trace.caused["kernel"].isin(rows)]
-    gap_end = gaps["start_ns"] + gaps["duration_ns"].astype(np.int64)
-    cause = gaps["cause"].astype(str)
-    add("idle", gaps["start_ns"], gap_end, "gap: " + cause, "gap: " + cause)
-    shown = [*kind, *("gap: " + cause), "host launches", "host waits"]
+    short = {name: short_name(name).replace(",", ";").replace('"', "'") for name in step.spans["name"].unique()}
+    for lane, a, b, what, name in step.spans.itertuples(index=False):
+        lines.append(f"{lane},{a:.1f},{b:.1f},{what},{short[name]}")
+    shown = [*step.spans["what"], "host launches", "host waits"]
     data = alt.InlineData(values="\n".join(lines), format=alt.CsvDataFormat(type="csv"))
-    width_us = (end_ns - begin_ns) / 1e3
     # A whole step shows nothing but its density: the page opens on a twentieth of it.
-    opened = [round(width_us * share, 1) for share in (0.5, 0.55)]
+    opened = [round(step.width_us * share, 1) for share in (0.5, 0.55)]
     low, high = alt.param(name="from_us", value=opened[0]), alt.param(name="to_us", value=opened[1])
     scale = alt.Scale(domainMin=low, domainMax=high, nice=False, zero=False)
     axis = alt.X("a:Q", title="µs of this token step", scale=scale)
@@ -273,17 +248,16 @@ def token_step(attribution: Attribution) -> Spec | None:
         .encode(
             x=axis,
             x2="b:Q",
-            y=alt.Y("lane:N", title=None, sort=["host", *(f"stream {s}" for s in np.unique(streams)), "idle"]),
+            y=alt.Y("lane:N", title=None, sort=step.lanes),
             color=_coloured("what:N", shown, alt.Legend(title=None, orient="bottom", columns=4)),
             tooltip=["name:N", "what:N", alt.Tooltip("a:Q", title="from, µs"), alt.Tooltip("b:Q", title="to, µs")],
         )
-        .properties(height=34 * (2 + len(np.unique(streams))))
+        .properties(height=34 * len(step.lanes))
     )
-    power = _power(attribution, begin_ns, end_ns)
     drawn: Any = lanes
-    if power is not None:
+    if step.power is not None:
         line = (
-            alt.Chart(alt.Data(values=power))
+            alt.Chart(alt.Data(values=records(step.power.round({"a": 1}))))
             .mark_line(clip=True, interpolate="step-before")
             .encode(
                 x=alt.X("a:Q", title=None, scale=scale, axis=alt.Axis(labels=False)),
@@ -293,49 +267,16 @@ def token_step(attribution: Attribution) -> Spec | None:
         )
         drawn = alt.vconcat(line, lanes, spacing=4)
     return _finished(
-        drawn.add_params(low, high).properties(usermeta={"whole_us": round(width_us, 1)}),
-        f"Timeline of one decoded token of {width_us / 1e3:.1f} ms: {len(kernels)} kernels and {len(gaps)} idle gaps. "
-        "Arrow keys move, plus and minus zoom.",
+        drawn.add_params(low, high).properties(usermeta={"whole_us": round(step.width_us, 1)}),
+        f"Timeline of one decoded token of {step.width_us / 1e3:.1f} ms: {step.kernels} kernels and {step.gaps} idle "
+        "gaps. Arrow keys move, plus and minus zoom.",
     )
-
-
-def _median_token(trace: HostTrace) -> np.ndarray | None:
-    """Return the rows of the timeline's kernels of the decoded token of median length."""
-    kernels = trace.timeline.kernels
-    inside = ((kernels["phase"] == "decode") & (kernels["token"] != NONE)).to_numpy()
-    if not inside.any():
-        return None
-    first = kernels["instance"].to_numpy()[np.flatnonzero(inside)[0]]
-    rows = np.flatnonzero(inside & (kernels["instance"].to_numpy() == first))
-    token = kernels["token"].to_numpy()[rows]
-    own = kernels.iloc[rows].groupby(token)
-    length = (own["end_ns"].max() - own["start_ns"].min()).sort_values()
-    result: np.ndarray = rows[token == length.index[len(length) // 2]]
-    return result
-
-
-def _kinds(attribution: Attribution, trace: HostTrace, rows: np.ndarray) -> np.ndarray:
-    op = trace.identified.op[rows] if trace.identified is not None else np.full(len(rows), NONE)
-    names = trace.timeline.kernels["name"].astype("category").iloc[rows].array
-    return labelled(attribution.ops, op, names)["kind"].to_numpy(object)
 
 
 def _coloured(field: str, values: Iterable[str], legend: Any) -> Any:
     found = set(values)
     domain = [name for name in COLOURS if name in found]
     return alt.Color(field, scale=alt.Scale(domain=domain, range=[COLOURS[name] for name in domain]), legend=legend)
-
-
-def _power(attribution: Attribution, begin_ns: int, end_ns: int) -> list[dict[str, Any]] | None:
-    power = attribution.run.table("power", ["timestamp_ns", "sensor", "power_mw", "device"])
-    samples = power[(power["sensor"] == "samples") & (power["device"] == attribution.device)]
-    near = samples[samples["timestamp_ns"].between(begin_ns - _MARGIN_NS, end_ns + _MARGIN_NS)].sort_values(
-        "timestamp_ns"
-    )
-    if len(near) < 2:
-        return None
-    at = (near["timestamp_ns"] - begin_ns) / 1e3
-    return [{"a": round(float(a), 1), "watts": w / 1e3} for a, w in zip(at, near["power_mw"], strict=True)]
 
 
 def _finished(chart: Any, description: str) -> Spec:

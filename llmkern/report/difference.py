@@ -9,10 +9,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from llmkern.attribute.attribution import Attribution
 from llmkern.estimate import Estimate
 from llmkern.explain.compare import NOT_DISTINGUISHABLE, Checked, Difference, change, verdict
 from llmkern.report.heading import heading
+from llmkern.runfolder.facts import RunFacts
 from llmkern.text import count, elided, quantity, with_interval
 
 _BAR = 20
@@ -26,23 +26,26 @@ _SHORT = {NOT_DISTINGUISHABLE: "unclear"}
 
 
 def print_difference(
-    before: Attribution, after: Attribution, differences: list[Difference], console: Console, top: int = 8
+    before: RunFacts, after: RunFacts, differences: list[Difference], console: Console, top: int = 8
 ) -> None:
     """Print where the difference between the two runs went, phase by phase."""
-    for name, attribution in (("before", before), ("after", after)):
-        for line in heading(attribution.run.facts):
+    for name, facts in (("before", before), ("after", after)):
+        for line in heading(facts):
             console.print(Text(f"{name}: ", style="bold").append_text(line), highlight=False)
-    names = {a.run.facts.device.name for a in (before, after)}
+    names = {facts.device.name for facts in (before, after)}
     if len(names) > 1:
         text = f"These runs are of different devices ({', '.join(sorted(names))}): a difference may be the device's."
         console.print(Text(text, style="bold yellow"))
     for difference in differences:
         console.print()
         console.print(_total(difference), highlight=False)
+        per = difference.per
         for table in (
-            _bars(difference, "bars", "Kernels by kind, gaps by cause, per token", top, console.width),
-            _bars(difference, "work", "By the kind of work, per token (gaps: of the kernel after)", top, console.width),
-            _bars(difference, "modules", "By module, per token", top, console.width),
+            _bars(difference, "bars", f"Kernels by kind, gaps by cause, per {per}", top, console.width),
+            _bars(
+                difference, "work", f"By the kind of work, per {per} (gaps: of the kernel after)", top, console.width
+            ),
+            _bars(difference, "modules", f"By module, per {per}", top, console.width),
         ):
             if table.rows:
                 console.print()
@@ -57,16 +60,16 @@ def print_difference(
 
 
 def _total(difference: Difference) -> Text:
-    text = Text(f"{difference.phase.capitalize()}, per token: ", style="bold")
+    text = Text(f"{difference.phase.capitalize()}, per {difference.per}: ", style="bold")
     parts = []
-    for unit, before, after in (
-        ("J", difference.before_j, difference.after_j),
-        ("s", difference.before_s, difference.after_s),
+    for unit, before, after, times in (
+        ("J", difference.before_j, difference.after_j, difference.ratio_j),
+        ("s", difference.before_s, difference.after_s, difference.ratio_s),
     ):
         changed = change(before, after)
         if before is None or after is None or changed is None:
             continue
-        ratio = f"× {after.value / before.value:.2f}"
+        ratio = f"× {times:.2f}"
         parts.append(f"{with_interval(before, unit)} → {with_interval(after, unit)} ({signed(changed, unit)}, {ratio})")
     return text.append("; ".join(parts) + ".")
 

@@ -8,59 +8,70 @@ from typing import Any
 
 import click
 import msgspec
+import pandas as pd
 
-from llmkern.attribute.attribution import Attribution
-from llmkern.explain import Explanation
 from llmkern.explain.compare import Difference
-from llmkern.explain.statement import answer
-from llmkern.report.tables import (
+from llmkern.explain.statement import Statement
+from llmkern.report.records import (
+    book_facts,
     difference_facts,
     difference_tables,
+    estimate_facts,
     finding_facts,
+    phase_facts,
     prediction_facts,
     records,
-    run_tables,
 )
+from llmkern.runfolder.facts import RunFacts
 
-SCHEMA = 1
-# Told in full under names of their own.
-_NOT_TABLES = ("findings", "predictions")
+SCHEMA = 2
 
 
-def report_document(explanation: Explanation, uncertain: list[str]) -> dict[str, Any]:
-    """Return the report of a run; energies in J, times in s or, in columns that say so, ns."""
-    tables = run_tables(explanation)
+def report_document(statement: Statement, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """Return the report of a run with all its *tables*; energies in J, times in s or, in columns that say so, ns."""
     return {
         "schema": SCHEMA,
         "document": "report",
-        "run": run_facts(explanation.attribution),
-        "answer": answer(explanation),
-        "findings": [finding_facts(finding) for finding in explanation.findings],
-        "predictions": [prediction_facts(prediction) for prediction in explanation.predictions],
-        "uncertain": uncertain,
-        "tables": {name: records(table) for name, table in tables.items() if name not in _NOT_TABLES},
+        "run": run_facts(statement.facts, statement.folder, statement.status),
+        "answer": list(statement.answer),
+        "phases": [phase_facts(phase) for phase in statement.phases],
+        "only_weighed": [
+            {
+                "phase": weight.phase,
+                "unit": weight.unit,
+                "latency_s": estimate_facts(weight.latency_s),
+                "energy_j": estimate_facts(weight.energy_j),
+            }
+            for weight in statement.only_weighed
+        ],
+        "findings": [finding_facts(told) for told in statement.findings],
+        "predictions": [prediction_facts(prediction) for prediction in statement.predictions],
+        "books": book_facts(statement),
+        "uncertain": list(statement.doubts),
+        "shown": {name: records(rows) for name, rows in statement.shown.items()},
+        "tables": {name: records(table) for name, table in tables.items()},
     }
 
 
-def difference_document(before: Attribution, after: Attribution, differences: list[Difference]) -> dict[str, Any]:
-    """Return the comparison of two runs, per token."""
+def difference_document(before: dict[str, Any], after: dict[str, Any], differences: list[Difference]) -> dict[str, Any]:
+    """Return the comparison of two runs, of which *before* and *after* are what run_facts says."""
     tables = difference_tables(differences)
     return {
         "schema": SCHEMA,
         "document": "diff",
-        "before": run_facts(before),
-        "after": run_facts(after),
+        "before": before,
+        "after": after,
         "phases": [difference_facts(difference) for difference in differences],
         "tables": {name: records(table) for name, table in tables.items() if name != "phases"},
     }
 
 
-def run_facts(attribution: Attribution) -> dict[str, Any]:
+def run_facts(run: RunFacts, folder: str, status: str) -> dict[str, Any]:
     """Return what a run was of: folder, status, workload, device, versions."""
-    facts: dict[str, Any] = msgspec.to_builtins(attribution.run.facts)
+    facts: dict[str, Any] = msgspec.to_builtins(run)
     kept = ("started", "command", "options", "model", "prompts", "device", "host", "versions", "elapsed_s", "reason")
     told = {name: facts[name] for name in kept if facts.get(name) not in (None, "", {})}
-    found: dict[str, Any] = finite({"folder": str(attribution.run.path), "status": attribution.run.status, **told})
+    found: dict[str, Any] = finite({"folder": folder, "status": status, **told})
     return found
 
 

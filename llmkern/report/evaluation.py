@@ -12,7 +12,7 @@ from rich.text import Text
 
 from llmkern.evaluate.verdict import Line, Spread, Statement
 from llmkern.report.html import is_page
-from llmkern.report.tables import check_csv_folder, write_csv
+from llmkern.report.records import check_csv_folder, write_csv
 from llmkern.runfolder.place import check_file_target
 from llmkern.text import elided, short_name
 

@@ -17,32 +17,25 @@ import pandas as pd
 import vl_convert
 
 from llmkern import __version__
-from llmkern.attribute.account import PhaseAccount
-from llmkern.attribute.attribution import Attribution
 from llmkern.estimate import Estimate
-from llmkern.explain import Explanation
-from llmkern.explain.compare import Difference, compare, tokens
-from llmkern.explain.finding import Finding
-from llmkern.explain.statement import answer
+from llmkern.explain.page_data import PageData
+from llmkern.explain.statement import PhaseStatement, Statement, Told
 from llmkern.report import charts
 from llmkern.report.difference import signed
-from llmkern.report.tables import run_tables
 from llmkern.report.why import price
 from llmkern.runfolder.facts import RunFacts
 from llmkern.runfolder.place import begins_with, placed
-from llmkern.text import count, quantity, short_name, with_interval
+from llmkern.text import count, percent, quantity, short_name, with_interval
 
 _ROWS = 60
 
 
-def write_page(
-    explanation: Explanation, uncertain: list[str], books: list[str], file: Path, baseline: Attribution | None = None
-) -> None:
+def write_page(statement: Statement, data: PageData, file: Path) -> None:
     """Write the page of a run to *file*, replacing an older one when it is whole.
 
     Raises UsageError where *file* is no page of ours, RecordingError where the disk refuses.
     """
-    text = page(explanation, uncertain, books, baseline)
+    text = page(statement, data)
     with placed(file, is_page, force=True, option="--html") as beside:
         beside.write_text(text, encoding="utf-8", errors="replace")
 
@@ -50,16 +43,10 @@ def write_page(
 is_page = begins_with(b'<meta name="generator" content="llmkern">', within=1024)
 
 
-def page(explanation: Explanation, uncertain: list[str], books: list[str], baseline: Attribution | None = None) -> str:
-    """Return the page of a run as HTML that needs no other file and no network.
-
-    *books* are the terminal's lines; with a *baseline* the page says why this run costs more or less than that one.
-    """
-    compared = compare(baseline, explanation.attribution) if baseline is not None else []
-    attribution = explanation.attribution
-    facts = attribution.run.facts
-    tables = run_tables(explanation)
-    uncertain = list(uncertain)
+def page(statement: Statement, data: PageData) -> str:
+    """Return the page of a run as HTML that needs no other file and no network."""
+    facts = statement.facts
+    uncertain = list(statement.doubts)
     options, model, prompts = facts.options, facts.model, facts.prompts
     source = resources.files("llmkern.report") / "page"
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
@@ -69,20 +56,20 @@ def page(explanation: Explanation, uncertain: list[str], books: list[str], basel
         title=f"{model.name if model is not None else options.model} {options.precision}, batch {options.batch}: "
         f"{prompts.tokens if prompts is not None else '?'} prompt tokens, {options.new_tokens} new",
         device=facts.device.name,
-        incomplete="" if attribution.run.complete else uncertain.pop(0),
-        answer=" ".join(answer(explanation)),
-        against=_against(baseline, compared),
-        tiles=_tiles(attribution),
-        findings=[_finding(f, attribution) for f in explanation.findings],
+        incomplete="" if statement.complete else uncertain.pop(0),
+        answer=" ".join(statement.answer),
+        against=_against(data),
+        tiles=_tiles(statement),
+        findings=[_finding(told) for told in statement.findings],
         predictions=[
-            {"phase": f"{account.phase}, per {account.unit}", "html": _predictions(explanation, phase)}
-            for phase, account in reversed(attribution.accounts.items())
+            {"phase": f"{phase.phase}, per {phase.unit}", "html": _predictions(statement, phase)}
+            for phase in reversed(statement.phases)
         ],
-        fixes=list({p.name: p for p in explanation.predictions}.values()),
-        charts=_charts(explanation, tables, compared),
-        tables=[t for t in (_table(name, tables) for name in _TITLES) if t is not None],
+        fixes=list({p.name: p for p in statement.predictions}.values()),
+        charts=_charts(statement, data),
+        tables=[t for t in (_table(name, data.tables) for name in _TITLES) if t is not None],
         uncertain=uncertain,
-        method=[*_METHOD, *books],
+        method=[*_METHOD, *(book.sentence for book in statement.books)],
         environment=_environment(facts),
         style=(source / "page.css").read_text(),
         script=(source / "page.js").read_text(),
@@ -108,35 +95,35 @@ _TITLES = {
 }
 
 
-def _against(baseline: Attribution | None, compared: list[Difference]) -> str:
+def _against(data: PageData) -> str:
     """Return in one sentence by how much this run's main phase differs from the baseline's, and where."""
-    if baseline is None or not compared:
+    if data.baseline is None or not data.compared:
         return ""
-    facts, first = baseline.run.facts, compared[0]
+    facts, first = data.baseline, data.compared[0]
     name = f"{facts.model.name if facts.model is not None else facts.options.model} {facts.options.precision}"
     if first.before_j is None or first.after_j is None:
-        return f"Per token {first.after_s.value / first.before_s.value:.2f} times the time of {name} in {first.phase}."
+        return f"Per {first.per} {first.ratio_s:.2f} times the time of {name} in {first.phase}."
     parts = [
         f"{signed(Estimate(row['change_j'], row['low_j'], row['high_j']), 'J')} "
         f"{'in gaps before' if row['part'] == 'gaps' else 'in'} {row['name']} kernels"
         for row in first.work.head(4).to_dict("records")
     ]
     return (
-        f"{first.after_j.value / first.before_j.value:.2f} times the energy of {name} per token of {first.phase} "
+        f"{first.ratio_j:.2f} times the energy of {name} per {first.per} of {first.phase} "
         f"({with_interval(first.before_j, 'J')} to {with_interval(first.after_j, 'J')}): {'; '.join(parts)}."
     )
 
 
-def _tiles(attribution: Attribution) -> list[dict[str, str]]:
+def _tiles(statement: Statement) -> list[dict[str, str]]:
     tiles = []
-    for account in reversed(list(attribution.accounts.values())):
-        weight, name = account.weight, account.phase
-        scale = 1 / tokens(attribution, account)
-        energy = None if weight.energy_j is None else weight.energy_j.scaled(scale)
-        if energy is not None:
-            tiles.append(_tile(energy, "J", f"{name}, per token"))
-        tiles.append(_tile(weight.latency_s, "s", f"{name}, per {account.unit}"))
-        tiles.append({"value": f"{account.busy_share:.0%}", "label": f"{name}: device busy", "doubt": ""})
+    for phase in reversed(statement.phases):
+        name = phase.phase
+        if phase.energy_per_token_j is not None:
+            tiles.append(_tile(phase.energy_per_token_j, "J", f"{name}, per token"))
+        elif phase.energy_j is not None:
+            tiles.append(_tile(phase.energy_j, "J", f"{name}, per {phase.unit}"))
+        tiles.append(_tile(phase.latency_s, "s", f"{name}, per {phase.unit}"))
+        tiles.append({"value": percent(phase.busy_share), "label": f"{name}: device busy", "doubt": ""})
     return tiles
 
 
@@ -146,37 +133,38 @@ def _tile(estimate: Estimate, unit: str, label: str) -> dict[str, str]:
     return {"value": f"{value} {name}".strip(), "label": label, "doubt": f"{ends.replace(', ', ' to ')} {name}".strip()}
 
 
-def _finding(finding: Finding, attribution: Attribution) -> dict[str, Any]:
-    told = {name: getattr(finding, name) for name in ("claim", "formula", "assumption", "next_step")}
-    return {"price": price(finding, attribution.accounts[finding.phase]), **told, "evidence": _frame(finding.evidence)}
+def _finding(told: Told) -> dict[str, Any]:
+    finding = told.finding
+    words = {name: getattr(finding, name) for name in ("claim", "formula", "assumption", "next_step")}
+    return {"price": price(told), **words, "evidence": _frame(finding.evidence)}
 
 
-def _predictions(explanation: Explanation, phase: str) -> str:
-    rows = []
-    for p in explanation.predictions:
-        if p.phase != phase:
-            continue
-        row = {"fix": p.name, "latency": with_interval(p.latency_s, "s"), "energy": with_interval(p.energy_j, "J")}
-        share = p.energy_j.value / p.energy_before_j - 1 if p.energy_j is not None and p.energy_before_j else None
-        rows.append({**row, "change": "" if share is None else f"{share:+.0%}"})
+def _predictions(statement: Statement, phase: PhaseStatement) -> str:
+    rows = [
+        {
+            "fix": p.name,
+            "latency": with_interval(p.latency_s, "s"),
+            "energy": with_interval(p.energy_j, "J"),
+            "change": "" if p.saves is None else f"{-p.saves:+.0%}",
+        }
+        for p in statement.predictions
+        if p.phase == phase.phase
+    ]
     return _rendered(pd.DataFrame(rows), {"latency", "energy", "change"}) if rows else ""
 
 
-def _charts(
-    explanation: Explanation, tables: dict[str, pd.DataFrame], compared: list[Difference]
-) -> list[dict[str, Any]]:
-    attribution = explanation.attribution
-    phases = list(reversed(attribution.accounts.values()))
+def _charts(statement: Statement, data: PageData) -> list[dict[str, Any]]:
+    phases = list(reversed(statement.phases))
     made: list[tuple[str, str, str, charts.Spec | None, str]] = []
     changes = []
-    for one in compared:
-        title = f"From the baseline to this run: {one.phase}, per token"
+    for one in data.compared:
+        title = f"From the baseline to this run: {one.phase}, per {one.per}"
         note = "Bars add up from the energy of the baseline to that of this run; lines are 95 % intervals."
         changes.append((f"change-{one.phase}", title, note, charts.difference(one), _frame(one.modules.head(20))))
-    for account in phases:
-        title = f"Where the energy of one {account.unit} of {account.phase} goes"
+    for phase in phases:
+        title = f"Where the energy of one {phase.unit} of {phase.phase} goes"
         note = "Bars add up from left to right to the measured energy; lines are 95 % intervals."
-        made.append((f"energy-{account.phase}", title, note, charts.waterfall(attribution, account.phase), ""))
+        made.append((f"energy-{phase.phase}", title, note, charts.waterfall(statement, phase), ""))
     made.insert(
         1,
         (
@@ -184,17 +172,18 @@ def _charts(
             "One decoded token",
             "The token of median length in the pass that records host calls. Drag or use the arrow keys to move, + and "
             "- or Alt and the wheel to zoom.",
-            charts.token_step(attribution),
+            None if data.step is None else charts.timeline(data.step),
             "",
         ),
     )
-    for account in phases:
-        roof = explanation.roofs[account.phase]
-        made.append(_roof_chart(account, roof))
-        spec = charts.layer_map(tables["layers"], account.phase)
-        title = f"Layers of the model in {account.phase}"
-        note = f"{'Energy' if account.joules is not None else 'Time'} in kernels, without the gaps between them."
-        made.append((f"layers-{account.phase}", title, note, spec, ""))
+    for phase in phases:
+        every = data.tables["roofline"]
+        roof = every[every["phase"] == phase.phase] if len(every) else every
+        made.append(_roof_chart(phase, roof))
+        spec = charts.layer_map(data.tables["layers"], phase.phase)
+        title = f"Layers of the model in {phase.phase}"
+        note = f"{'Energy' if phase.kernels is not None else 'Time'} in kernels, without the gaps between them."
+        made.append((f"layers-{phase.phase}", title, note, spec, ""))
     return [
         {
             "id": name,
@@ -210,18 +199,18 @@ def _charts(
     ]
 
 
-def _roof_chart(account: PhaseAccount, roof: pd.DataFrame) -> tuple[str, str, str, charts.Spec | None, str]:
+def _roof_chart(phase: PhaseStatement, roof: pd.DataFrame) -> tuple[str, str, str, charts.Spec | None, str]:
     note = (
         "Each point is an operator of one kind of module. On the dashed line it takes only the time that its bytes "
         "need at full bandwidth, or its FLOPs at full rate; far above it, it waits for something else."
     )
     columns = ["kind", "op", "module", "bound", "calls", "duration_ns", "floor_ns", "roof_share", "waste_j"]
     return (
-        f"roof-{account.phase}",
-        f"Operators of {account.phase} against their roof",
+        f"roof-{phase.phase}",
+        f"Operators of {phase.phase} against their roof",
         note,
-        charts.roofs(roof, account.unit) if len(roof) else None,
-        _frame(roof[columns].head(20)),
+        charts.roofs(roof, phase.unit) if len(roof) else None,
+        _frame(roof[columns].head(20)) if len(roof) else "",
     )
 
 

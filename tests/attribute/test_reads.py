@@ -10,8 +10,8 @@ import pytest
 
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
+from llmkern.explain.statement import state
 from llmkern.report.console import PlainConsole
-from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
 from llmkern.runfolder import RunFolder, reader
 from tests.recorded import DATA
@@ -28,7 +28,7 @@ def test_a_report_reads_every_table_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(reader.pq, "ParquetFile", counted)
     run = RunFolder(DATA / "h100-qwen-7b-int8")
     attribution = attribute(run)
-    print_report(Explanation(attribution), doubts(run, attribution), PlainConsole(file=io.StringIO(), width=100))
+    print_report(state(Explanation(attribution)), PlainConsole(file=io.StringIO(), width=100))
     assert {"kernels", "launches", "ranges", "ops", "power", "energy"} <= set(reads)
     assert set(reads.values()) == {1}
 

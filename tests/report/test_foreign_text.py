@@ -13,9 +13,9 @@ import pyarrow as pa
 
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
+from llmkern.explain.statement import state
 from llmkern.report.console import PlainConsole
-from llmkern.report.doubts import doubts
-from llmkern.report.tables import write_csv
+from llmkern.report.records import write_csv
 from llmkern.report.terminal import print_report
 from llmkern.runfolder import RunFolder
 from llmkern.text import visible
@@ -38,7 +38,7 @@ def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
     run = with_names(tmp_path / "run[red]x")
     console = PlainConsole(file=io.StringIO(), width=200)
     attribution = attribute(run)
-    print_report(Explanation(attribution), doubts(run, attribution), console)
+    print_report(state(Explanation(attribution)), console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     for shown in ("[/b]evil[red]", "f[abi:cxx11]", "␛]0;title", ":smile: kernel", "run[red]x"):
         assert shown in text

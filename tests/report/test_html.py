@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from llmkern.attribute.attribution import Attribution
 from llmkern.errors import RecordingError, UsageError
 from llmkern.explain import Explanation
+from llmkern.explain.page_data import PageData, page_data
+from llmkern.explain.statement import Statement, state
 from llmkern.report.html import is_page, page, write_page
 from tests.recorded import recorded
 
@@ -21,10 +24,20 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
 
 
+def of_int4() -> tuple[Statement, PageData]:
+    explanation = Explanation(recorded("int4"))
+    return state(explanation), page_data(explanation)
+
+
 @pytest.fixture(scope="module")
 def int8_page() -> str:
-    explanation, baseline = Explanation(recorded("int8")), recorded("bf16-operators")
-    return page(explanation, ["Something is uncertain."], ["The books close."], baseline)
+    explanation = Explanation(recorded("int8"))
+    return page(state(explanation), page_data(explanation, recorded("bf16-operators")))
+
+
+def simple_page(attribution: Attribution, doubts: tuple[str, ...] = ()) -> str:
+    explanation = Explanation(attribution)
+    return page(replace(state(explanation), doubts=doubts), page_data(explanation))
 
 
 class Tags(HTMLParser):
@@ -88,8 +101,8 @@ def test_the_waterfall_ends_at_the_measured_energy(int8_page: str) -> None:
 def test_names_cannot_break_out_of_the_page() -> None:
     found = recorded("int4")
     rude = found.kernels.assign(name="k<script>alert(1)</script>", module="</script><img src=x>")
-    text = page(Explanation(replace(found, kernels=rude)), ["<b>"], [])
-    plain = page(Explanation(found), ["<b>"], [])
+    text = simple_page(replace(found, kernels=rude), ("<b>",))
+    plain = simple_page(found, ("<b>",))
     tags, expected = ([tag for tag, _ in Tags(t).tags] for t in (text, plain))
     assert "img" not in tags
     assert tags.count("script") == expected.count("script")
@@ -101,7 +114,7 @@ def test_a_run_with_nothing_but_time_has_a_page(tmp_path: Path) -> None:
     from tests.synthetic import synthetic_run
 
     run, _ = synthetic_run(tmp_path / "run", energy=False)
-    text = page(Explanation(attribute(run)), [], [])
+    text = simple_page(attribute(run))
     assert "A decoded token takes 30.0 ms" in text
     assert "nan" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL).lower().replace("nanosecond", "")
 
@@ -109,18 +122,18 @@ def test_a_run_with_nothing_but_time_has_a_page(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordingError, match="choose another file"):
-        write_page(Explanation(recorded("int4")), [], [], tmp_path / "file" / "page.html")
+        write_page(*of_int4(), tmp_path / "file" / "page.html")
 
 
 def test_only_a_page_of_ours_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     file.write_text("<!doctype html><title>My own</title>")
     with pytest.raises(UsageError, match="was not written by llmkern"):
-        write_page(Explanation(recorded("int4")), [], [], file)
+        write_page(*of_int4(), file)
     assert "My own" in file.read_text()
     file.unlink()
     for _ in range(2):
-        write_page(Explanation(recorded("int4")), [], [], file)
+        write_page(*of_int4(), file)
     assert is_page(file)
 
 

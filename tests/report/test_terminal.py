@@ -12,9 +12,8 @@ import pytest
 from llmkern.attribute.attribution import attribute
 from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
-from llmkern.explain.statement import answer
+from llmkern.explain.statement import answer, state
 from llmkern.report.console import PlainConsole
-from llmkern.report.doubts import doubts
 from llmkern.report.terminal import print_report
 from llmkern.runfolder import RunFolder
 from llmkern.text import count, quantity, short_name, with_interval
@@ -24,7 +23,7 @@ from tests.synthetic import Builder, Truth, synthetic_run
 def printed(run: RunFolder, width: int = 100) -> str:
     console = PlainConsole(file=io.StringIO(), width=width)
     attribution = attribute(run)
-    print_report(Explanation(attribution), doubts(run, attribution), console)
+    print_report(state(Explanation(attribution)), console)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from llmkern.attribute.attribution import attribute
 from llmkern.attribute.identify import Identified, Mismatch
-from llmkern.report.doubts import doubts
+from llmkern.explain.doubts import doubts
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.facts import MeterFacts, RecorderFacts
 from tests.synthetic import synthetic_run
