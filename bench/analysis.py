@@ -31,7 +31,7 @@ from llmkern.runfolder.writer import grouped
 
 REPEATED = ("calls", "time")
 DEFAULT_RUN = Path(__file__).parents[1] / "tests" / "data" / "h100-qwen-7b-int4"
-MOST_S, MOST_BYTES = 10.0, 4e9
+MOST_S, MOST_BYTES = 5.0, 2.5e9
 CORES = 2
 _OURS = """
 import json, resource, sys, time
@@ -171,6 +171,8 @@ def timed(code: str, argument: Path, python: str = sys.executable, limit_s: floa
 def ours(run: RunFolder, kernels: int, scratch: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """Return the case of llmkern on *kernels* kernels, and its times."""
     folder = scratch / f"run-{kernels}"
+    # Two sizes that are asked for may be the same.
+    shutil.rmtree(folder, ignore_errors=True)
     count = repeat_run(run, kernels, folder)
     found = timed(_OURS, folder)
     if isinstance(found, str):

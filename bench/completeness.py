@@ -20,6 +20,7 @@ from bench.result import case, metric, write
 from bench.workload import loaded_at
 from llmkern.record.device.choose import choose_device
 from llmkern.record.device.interface import Device
+from llmkern.record.generation import cache_argument
 from llmkern.runfolder.facts import RecorderFacts
 
 Step = Callable[[], None]
@@ -74,11 +75,11 @@ def decode_step(model: Any, device: Device) -> Step:
         if cache.get_seq_length() > PROMPT_TOKENS:
             cache.crop(-1)
         with torch.inference_mode():
-            model(input_ids=last, past_key_values=cache, use_cache=True)
+            model(input_ids=last, **{cache_argument(model): cache}, use_cache=True)
 
     cache = DynamicCache()
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True)
     return step
 
 
@@ -90,10 +91,10 @@ def graph_step(model: Any, device: Device) -> Step:
     position = torch.tensor([[PROMPT_TOKENS]], device=device.torch_device)
 
     def forward() -> None:
-        model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
+        model(input_ids=token, **{cache_argument(model): cache}, position_ids=position, use_cache=True)
 
     with torch.inference_mode():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **{cache_argument(model): cache}, use_cache=True)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

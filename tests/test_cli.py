@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
 
+from llmkern.commands import cli
 from llmkern.runfolder import RunFolder
 from tests.synthetic import synthetic_run
 
@@ -240,10 +242,12 @@ def test_doctor_and_models_answer_on_any_machine() -> None:
     assert "meta-llama/Llama-3.1-70B-Instruct" in models.stdout
 
 
-def test_help_fits_80_columns() -> None:
-    done = llmkern("trace", "--help", COLUMNS="80")
+@pytest.mark.parametrize("command", ["", *sorted(cli.list_commands(click.Context(cli)))])
+def test_help_fits_80_columns(command: str) -> None:
+    done = llmkern(*command.split(), "--help", COLUMNS="80")
     assert done.returncode == 0
-    assert "--precision" in done.stdout
+    assert done.stdout.startswith("Usage:")
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.identify import Identified
+from llmkern.estimate import LEAST_FOR_INTERVAL
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import RunFacts
@@ -16,6 +17,8 @@ RECORDER_LIMIT = 0.05
 # Decode by difference and by ranges measure the same thing twice; further apart one of them is disturbed.
 AGREEMENT_LIMIT = 0.02
 SENSOR_LIMIT = 0.03
+# Kernels and gaps have to add up to what the counter moved, to within this share.
+CLOSURE_LIMIT = 0.05
 # A difference of less than this share of its parts says little.
 LEAST_SHARE = 0.15
 _THROTTLE = {
@@ -95,8 +98,19 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
         ]
     if weighed is None:
         return ["No complete weigh window was recorded, so there are no latencies or joules per phase."]
+    rounds = len(next(iter(weighed.phases.values())).latency_samples_s) if weighed.phases else LEAST_FOR_INTERVAL
+    if rounds < LEAST_FOR_INTERVAL:
+        return [f"{rounds} round(s) of windows give no interval: use --repeats 10.", *_of_energy(run, attribution)]
+    return _of_energy(run, attribution)
+
+
+def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
+    weighed = attribution.weighed
+    assert weighed is not None
     if any(p.energy_j is None for p in weighed.phases.values()):
         where = run.facts.device.counter_source
+        if run.facts.sensors and not run.has("energy"):
+            return ["There is no energy: table energy, which holds the counter's ticks, is not there; time only."]
         return [f"There is no energy: {where} gave no counter on this machine ('llmkern doctor' says why); time only."]
     found = []
     if attribution.marginals is None:
@@ -106,9 +120,7 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
         )
     found += _sensors(run)
     found += _too_short(run, attribution)
-    rounds = sum(energy_j == energy_j for energy_j in next(iter(weighed.phases.values())).energy_samples_j)
-    if rounds < 3:
-        found.append(f"{rounds} round(s) of windows give no useful interval: use --repeats 10.")
+    found += _closure(attribution)
     if weighed.samples_j is not None and weighed.counter_j:
         apart = weighed.samples_j / weighed.counter_j - 1
         if abs(apart) > SENSOR_LIMIT:
@@ -123,6 +135,22 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
                 f"The run was at {mean_c:.0f} °C, the idle floor was measured at {floor.lowest_c:.0f}-"
                 f"{floor.highest_c:.0f} °C and extended by {beyond:.0f} °C."
             )
+    return found
+
+
+def _closure(attribution: Attribution) -> list[str]:
+    """Say of which phase kernels and gaps do not add up to what the counter says."""
+    found = []
+    for account in attribution.accounts.values():
+        energy, residual_j = account.weight.energy_j, account.residual_j
+        if energy is None or residual_j is None or abs(residual_j) <= CLOSURE_LIMIT * energy.value:
+            continue
+        less = "less" if residual_j > 0 else "more"
+        found.append(
+            f"Kernels and gaps of {account.phase} add up to {abs(residual_j) / energy.value:.0%} {less} than the "
+            f"counter says (limit {CLOSURE_LIMIT:.0%}): the traced run was not like the weighed one; trace it again, "
+            "or, for a capture, import it with the energy of the same workload."
+        )
     return found
 
 
@@ -195,9 +223,8 @@ def _recorder(run: RunFolder, attribution: Attribution) -> list[str]:
         )
     if attribution.weighed is not None:
         found += attribution.weighed.unknown.values()
-    devices = run.table("kernels", ["device"])["device"].nunique()
-    if devices > 1:
-        found.append(f"Kernels ran on {devices} devices; the accounts are those of one.")
+    if attribution.devices > 1:
+        found.append(f"Kernels ran on {attribution.devices} devices; the accounts are those of one.")
     return found
 
 

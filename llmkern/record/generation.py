@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,11 @@ from torch import nn
 from transformers import GenerationConfig
 
 from llmkern.record.annotate import Annotator
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return what *model* and its generate call a cache: Transformers renamed it between 5.17 and 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -58,7 +64,7 @@ class Generation:
         if self.cache is not None:
             with torch.inference_mode():
                 self.cache.reset()
-            kept["past_key_values"] = self.cache
+            kept[cache_argument(self.model)] = self.cache
         self.synchronize()
         config = GenerationConfig(
             max_new_tokens=new_tokens,

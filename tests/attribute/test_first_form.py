@@ -79,10 +79,10 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(tmp_path: Path) -> 
     busy_ms=st.floats(0.5, 25),
     kernels=st.integers(2, 40),
 )
-def test_every_phase_conserves_energy(
+def test_every_phase_is_as_it_was_played(
     tmp_path_factory: pytest.TempPathFactory, floor_w: float, kernel_w: float, busy_ms: float, kernels: int
 ) -> None:
-    run, _ = synthetic_run(
+    run, truth = synthetic_run(
         tmp_path_factory.mktemp("property") / "run",
         floor_w=floor_w,
         kernel_w=kernel_w,
@@ -91,9 +91,17 @@ def test_every_phase_conserves_energy(
         rounds=2,
     )
     found = attribute(run)
+    planted_j = {"prefill": truth.prefill_j, "decode": truth.token_j}
     for phase, account in found.accounts.items():
         energy = account.weight.energy_j
         assert energy is not None
+        assert energy.value == pytest.approx(planted_j[phase], rel=0.02)
+        assert account.gap_j is not None
+        idle_s = {
+            "prefill": truth.prefill_s * (1 - truth.prefill_busy),
+            "decode": truth.token_s - truth.busy_per_token_s,
+        }[phase]
+        assert account.gap_j.value == pytest.approx(truth.floor_w * idle_s, rel=0.03, abs=0.01 * energy.value)
         rows = found.frame[found.frame["phase"] == phase]
         assert rows["energy_j"].sum() == pytest.approx(energy.value, rel=1e-9)
         parts = rows[rows["kind"] != "residual"]

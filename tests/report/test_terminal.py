@@ -59,6 +59,11 @@ def test_an_interrupted_run_says_so_first(tmp_path: Path) -> None:
     run = builder.write(tmp_path / "run", status="interrupted")
     text = printed(run)
     assert text.index("This run is incomplete") < text.index("Per phase")
+    # What was weighed before the interruption is what was played: 30 ms and 5.28 J per token.
+    decode = state(Explanation(attribute(run))).phase("decode")
+    assert decode.latency_s.value == pytest.approx(Truth().token_s, rel=0.01)
+    assert decode.energy_j is not None
+    assert decode.energy_j.value == pytest.approx(Truth().token_j, rel=0.02)
 
 
 def test_a_run_killed_while_weighing_has_a_report(tmp_path: Path) -> None:

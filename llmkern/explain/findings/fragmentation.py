@@ -27,7 +27,7 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
         energy_j, time_s = cost(own)
         inside = float(kernels.loc[kernels["layer"].notna(), "launches"].sum()) / depth
         by_length = kernels.assign(each_ns=kernels["duration_ns"] / kernels["launches"]).sort_values("each_ns")
-        launched = f", and the host needs {account.weight.latency_s.value / count * 1e6:.1f} µs of latency for each"
+        launched = f", one every {account.latency_s / count * 1e6:.1f} µs on average"
         next_step = "fuse neighbours, or launch them all at once: a CUDA graph"
         if _in_graphs(attribution, phase) > _MOSTLY:
             launched, next_step = ", all at once in a CUDA graph", "fuse neighbours"

@@ -30,7 +30,7 @@ def synchronizations(attribution: Attribution) -> list[Finding]:
                 account.unit,
                 f"The host waits for the device {count:,.0f} times per {account.unit}, {count / depth:.1f} times per "
                 f"layer, {blocked_s * 1e3:.2f} ms in all; each time the queue runs empty and every launch after it "
-                "comes late.",
+                f"comes late. The gaps that begin in such a wait last {time_s * 1e3:.2f} ms.",
                 energy_j,
                 time_s,
                 "calls of the host that return when the device is done, inside layers; the joules are those of the "
