@@ -29,7 +29,8 @@ from bench.planted import CATEGORY, CPU_PLANTS, GPU_PLANTS, Plant, Planted, Work
 from bench.result import case, metric, write
 from bench.workload import loaded_at, published, rig_of
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
+from llmkern.attribute.energy.counter import EnergyCurve
+from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
 from llmkern.estimate import Estimate, from_samples
 from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions

@@ -20,7 +20,7 @@ from bench.attribution import recorded
 from bench.result import case, metric, write
 from bench.workload import loaded_at, rig_of
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.attribute.marginal import Marginals, estimate_marginals
+from llmkern.attribute.split.estimator import Marginals, estimate_marginals
 from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions
 from llmkern.text import with_interval

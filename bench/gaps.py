@@ -26,8 +26,8 @@ import torch
 from bench.planted import CATEGORY, Plant, Planted, Work
 from bench.result import case, metric, write
 from bench.workload import loaded_at, published, rig_of
-from llmkern.attribute.causes import gap_causes
-from llmkern.attribute.timeline import Timeline, read_calls, read_timeline
+from llmkern.attribute.time.causes import gap_causes
+from llmkern.attribute.time.timeline import Timeline, read_calls, read_timeline
 from llmkern.record.annotate import Annotator
 from llmkern.record.device.choose import choose_device
 from llmkern.record.device.interface import Device

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.replayed import to_cache, worth_replaying
+from llmkern.attribute.split.evidence import to_cache, worth_replaying
 from llmkern.errors import InterruptedRunError, LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
 from llmkern.record import environment, replay_cache, signals

@@ -11,8 +11,8 @@ import torch
 from bench.interrupts import run_all
 from llmkern import session
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.effect import recorder_effects
-from llmkern.attribute.weighed import PhaseWeight, known_phases
+from llmkern.attribute.energy.phases import PhaseWeight, known_phases
+from llmkern.attribute.time.recorder_effect import recorder_effects
 from llmkern.errors import InterruptedRunError, LlmkernError
 from llmkern.estimate import Estimate
 from llmkern.explain.doubts import doubts

@@ -42,7 +42,8 @@ def rooms(*names: str) -> list[Path]:
         ("workload", ("attribute", "explain", "report", "exchange", "commands", "session")),
         ("attribute", ("record", "workload", "report", "commands", "session")),
         ("explain", ("record", "workload", "report", "commands", "session")),
-        ("report", ("record", "workload", "session")),
+        # What a report says is in the statement: it renders that and reads no table.
+        ("report", ("record", "workload", "session", "attribute", "runfolder.reader", "runfolder.RunFolder")),
         ("exchange", ("record", "workload", "commands", "session")),
         ("evaluate", ("explain", "report", "exchange", "commands", "session")),
         (
@@ -60,6 +61,49 @@ def test_rooms_look_one_way_only(room: str, never: tuple[str, ...]) -> None:
         for other in never
         if name == f"llmkern.{other}" or name.startswith(f"llmkern.{other}.")
     ]
+    assert wrong == []
+
+
+# What makes one number of several: that is done before a report is asked for.
+ANALYSIS = {
+    "groupby",
+    "mean",
+    "median",
+    "std",
+    "var",
+    "quantile",
+    "percentile",
+    "cumsum",
+    "merge",
+    "interp",
+    "bincount",
+}
+
+
+def test_a_report_reads_nothing_and_computes_nothing() -> None:
+    wrong = []
+    for file in rooms("report"):
+        wrong += [
+            f"{file.name} imports {name}"
+            for name in imported(file)
+            if name.split(".")[0] in ("numpy", "scipy", "pyarrow")
+        ]
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ANALYSIS:
+                wrong.append(f"{file.name}:{node.lineno} calls {node.func.attr}")
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "table":
+                wrong.append(f"{file.name}:{node.lineno} reads a table")
+    assert wrong == []
+
+
+def test_constants_of_several_rooms_are_in_the_vocabulary() -> None:
+    wrong = []
+    for file in [*rooms("exchange"), PACKAGE / "text.py"]:
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                ("llmkern.attribute", "llmkern.record")
+            ):
+                wrong += [f"{file.name} imports {a.name}" for a in node.names if a.name.isupper()]
     assert wrong == []
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount, account_phase
-from llmkern.attribute.effect import recorder_effects
-from llmkern.attribute.host import HostTrace, host_of, read_host
-from llmkern.attribute.identify import Identified, Inspected, identify, read_inspected
-from llmkern.attribute.joules import EqualPower, without_energy
-from llmkern.attribute.marginal import Marginals
-from llmkern.attribute.memory import memory_energy
-from llmkern.attribute.replayed import Evidence, by_marginals, gather
-from llmkern.attribute.tally import OP_COLUMNS, operators, tally_kernels, tally_neighbours
-from llmkern.attribute.timeline import Timeline, read_timeline
-from llmkern.attribute.weighed import PhaseWeight, Weighed, traced_phases, weigh_phases
+from llmkern.attribute.energy.memory import memory_energy
+from llmkern.attribute.energy.phases import PhaseWeight, Weighed, traced_phases, weigh_phases
+from llmkern.attribute.split.account import PhaseAccount, account_phase
+from llmkern.attribute.split.estimator import Marginals
+from llmkern.attribute.split.evidence import Evidence, by_marginals, gather
+from llmkern.attribute.split.kernel_joules import EqualPower, without_energy
+from llmkern.attribute.time.host_calls import HostTrace, host_of, read_host
+from llmkern.attribute.time.operators import Identified, Inspected, identify, read_inspected
+from llmkern.attribute.time.per_unit import OP_COLUMNS, operators, tally_kernels, tally_neighbours
+from llmkern.attribute.time.recorder_effect import recorder_effects
+from llmkern.attribute.time.timeline import Timeline, read_timeline
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.schema import TABLES

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
-from llmkern.attribute.marginal import Features, Window, estimate_marginals
+from llmkern.attribute.energy.counter import EnergyCurve
+from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
+from llmkern.attribute.split.estimator import Features, Window, estimate_marginals
 from llmkern.estimate import Estimate
 from llmkern.evaluate.job import Energy
 from llmkern.evaluate.timing import Turns

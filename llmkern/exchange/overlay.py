@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.identify import Identified
-from llmkern.attribute.tally import labelled
-from llmkern.attribute.timeline import NONE, build_timeline, by_start, read_calls
+from llmkern.attribute.time.operators import Identified
+from llmkern.attribute.time.per_unit import labelled
+from llmkern.attribute.time.timeline import build_timeline, by_start, read_calls
 from llmkern.errors import UsageError
 from llmkern.runfolder.facts import RunFacts
 from llmkern.runfolder.schema import TABLES
-from llmkern.runfolder.vocabulary import DOMAIN, PASS, TRACED
+from llmkern.runfolder.vocabulary import DOMAIN, NONE, PASS, TRACED
 
 PASSES = TRACED
 _POWERS = {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.timeline import find
+from llmkern.attribute.time.timeline import find
 from llmkern.exchange.overlay import Overlay
 from llmkern.text import short_name
 

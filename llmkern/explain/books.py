@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.calibration import choose, describe
-from llmkern.attribute.weighed import Weighed
+from llmkern.attribute.energy.phases import Weighed
+from llmkern.attribute.energy.sensors import choose, describe
 from llmkern.text import quantity, with_interval
 
 

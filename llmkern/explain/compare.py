@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.split.account import PhaseAccount
 from llmkern.errors import UsageError
 from llmkern.estimate import Estimate
 from llmkern.explain.whatif import Prediction, predict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.identify import Identified
+from llmkern.attribute.time.operators import Identified
 from llmkern.estimate import LEAST_FOR_INTERVAL
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder import vocabulary as word

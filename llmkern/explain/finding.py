@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.split.account import PhaseAccount
 from llmkern.estimate import Estimate
 
 # What is less of a phase than this is not worth a sentence.

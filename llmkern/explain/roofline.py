@@ -8,10 +8,10 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.identify import UNIDENTIFIED
-from llmkern.attribute.joules import ENERGIES
-from llmkern.attribute.timeline import NONE
+from llmkern.attribute.split.kernel_joules import ENERGIES
+from llmkern.attribute.time.operators import UNIDENTIFIED
 from llmkern.runfolder.facts import DeviceFacts
+from llmkern.runfolder.vocabulary import NONE
 
 # Bandwidth of boards whose run says nothing of it: NVIDIA's data sheets.
 _BYTES_PER_S = {

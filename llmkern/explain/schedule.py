@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.host import WAITS, HostTrace
-from llmkern.attribute.timeline import NONE, containing
+from llmkern.attribute.time.host_calls import WAITS, HostTrace
+from llmkern.attribute.time.timeline import containing
+from llmkern.runfolder.vocabulary import NONE
 
 # Enough kernels for a few token steps, few enough to be run again a hundred times.
 MOST_KERNELS = 12_000

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.weighed import PhaseWeight
+from llmkern.attribute.energy.phases import PhaseWeight
+from llmkern.attribute.split.account import PhaseAccount
 from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.explain.books import Book, books

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.split.account import PhaseAccount
 from llmkern.explain import Explanation
 
 _NUMBERS = ["launches", "each_s", "time_s", "energy_j", "low_j", "high_j", "share"]

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.host import WAITS, HostTrace
-from llmkern.attribute.tally import labelled
-from llmkern.attribute.timeline import NONE
+from llmkern.attribute.time.host_calls import WAITS, HostTrace
+from llmkern.attribute.time.per_unit import labelled
+from llmkern.runfolder.vocabulary import NONE
 
 # Samples of power come every 20 ms: one beyond either end of a short step.
 _MARGIN_NS = 30_000_000

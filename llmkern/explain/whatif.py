@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.tally import labelled
+from llmkern.attribute.split.account import PhaseAccount
+from llmkern.attribute.time.per_unit import labelled
 from llmkern.estimate import Estimate
 from llmkern.explain.roofline import roofline
 from llmkern.explain.schedule import Schedule, schedule

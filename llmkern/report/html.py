@@ -221,7 +221,8 @@ def _table(name: str, tables: dict[str, pd.DataFrame]) -> dict[str, str] | None:
     by = next((c for c in ("energy_j", "duration_ns") if c in table and table[c].notna().any()), None)
     shown = table if by is None else table.sort_values(["phase", by], ascending=[True, False])
     hidden = [c for c in ("floor_j", "dynamic_j", "signature", "kernels", "moved_bytes", "flops") if c in shown]
-    parts = [part.head(_ROWS) for _, part in shown.drop(columns=hidden).groupby("phase", sort=False)]
+    shown = shown.drop(columns=hidden)
+    parts = [shown[shown["phase"] == phase].head(_ROWS) for phase in shown["phase"].unique()]
     cut = "" if all(len(part) < _ROWS for part in parts) else f"<p class='note'>The first {_ROWS} of each phase.</p>"
     return {"title": _TITLES[name], "html": cut + _frame(pd.concat(parts))}
 

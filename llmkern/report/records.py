@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from llmkern.errors import RecordingError, UsageError
@@ -84,11 +84,10 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return None
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    return value
+    if hasattr(value, "item"):
+        # NumPy's numbers are no Python numbers to a JSON writer.
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def statement_tables(statement: Statement) -> dict[str, pd.DataFrame]:

@@ -12,6 +12,9 @@ BARE, RECORDED = "bare", "recorded"
 # Those with a timeline, in the order in which they are recorded.
 TRACED = (CALLS, TIME)
 
+# The index of what is not there: no operator, no token, no call.
+NONE = -1
+
 PREFILL, DECODE = "prefill", "decode"
 PHASES = (PREFILL, DECODE)
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.timeline import build_timeline
-from llmkern.attribute.weighed import weigh_phases
+from llmkern.attribute.energy.phases import weigh_phases
+from llmkern.attribute.time.timeline import build_timeline
 from tests.synthetic import synthetic_run
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.timeline import read_timeline
+from llmkern.attribute.time.timeline import read_timeline
 from llmkern.errors import LlmkernError, UsageError
 from llmkern.exchange.importing import import_capture
 from llmkern.runfolder import RunFolder

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.identify import Identified, Mismatch
+from llmkern.attribute.time.operators import Identified, Mismatch
 from llmkern.explain.doubts import doubts
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.facts import MeterFacts, RecorderFacts

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.replayed import to_cache
+from llmkern.attribute.split.evidence import to_cache
 from llmkern.record.replay_cache import cache_file, cache_key, load, store
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.facts import DeviceFacts, ModelFacts

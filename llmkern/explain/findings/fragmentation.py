@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.tally import SHORT_NS
+from llmkern.attribute.time.per_unit import SHORT_NS
 from llmkern.explain.finding import Finding, cost, layers, readable
 
 # Below this share of short kernels the host keeps ahead of the device without help.

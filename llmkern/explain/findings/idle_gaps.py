@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.identify import UNIDENTIFIED
+from llmkern.attribute.time.operators import UNIDENTIFIED
 from llmkern.explain.finding import WORTH_TELLING, Finding, cost, layer_waits, operator_name, readable, share_of
 from llmkern.text import quantity
 

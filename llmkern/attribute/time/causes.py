@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.timeline import NONE, Timeline, by_start, containing
+from llmkern.attribute.time.timeline import Timeline, by_start, containing
+from llmkern.runfolder.vocabulary import NONE
 
 CAUSES = ("token_boundary", "profiler", "sync_stall", "launch_bound", "dependency", "launch_latency", "unknown")
 # A kernel queued in time starts this soon after the one before it (at most 4 µs in recorded runs); later, it was held

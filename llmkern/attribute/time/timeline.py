@@ -9,8 +9,8 @@ import pandas as pd
 
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.reader import rows_with
+from llmkern.runfolder.vocabulary import NONE
 
-NONE = -1
 _KERNEL_COLUMNS = ["start_ns", "end_ns", "stream", "correlation_id", "name"]
 _LAUNCH_COLUMNS = ["start_ns", "end_ns", "correlation_id", "api"]
 # Keys that leave fewer entries than this empty for each of them are looked up in a table, others by sorting.

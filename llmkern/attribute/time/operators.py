@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 from rapidfuzz.distance import LCSseq
 
-from llmkern.attribute.timeline import NONE, Timeline, read_timeline
+from llmkern.attribute.time.timeline import Timeline, read_timeline
 from llmkern.runfolder import RunFolder
+from llmkern.runfolder.vocabulary import NONE
 
 UNIDENTIFIED = "not identified"
 

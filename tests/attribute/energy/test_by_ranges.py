@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmkern.attribute.by_ranges import energy_by_ranges
+from llmkern.attribute.energy.by_ranges import energy_by_ranges
 
 MS = 1_000_000
 BASE_NS = 1_790_000_000_000_000_000

@@ -8,10 +8,11 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from llmkern.attribute.identify import Identified, identify, read_inspected
-from llmkern.attribute.timeline import NONE, Timeline, build_timeline
+from llmkern.attribute.time.operators import Identified, identify, read_inspected
+from llmkern.attribute.time.timeline import Timeline, build_timeline
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.schema import TABLES
+from llmkern.runfolder.vocabulary import NONE
 from tests.synthetic import MS, synthetic_run
 from tests.tables import write_table
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmkern.attribute import tally, timeline
-from llmkern.attribute.tally import summed_by
-from llmkern.attribute.timeline import NONE, find
+from llmkern.attribute.time import per_unit, timeline
+from llmkern.attribute.time.per_unit import summed_by
+from llmkern.attribute.time.timeline import find
+from llmkern.runfolder.vocabulary import NONE
 from tests.recorded import recorded, recorded_run
 
 
 @pytest.mark.parametrize("most_keys", [1 << 25, 1])
 def test_sums_are_the_same_in_a_table_and_by_sorting(monkeypatch: pytest.MonkeyPatch, most_keys: int) -> None:
-    monkeypatch.setattr(tally, "_MOST_KEYS", most_keys)
+    monkeypatch.setattr(per_unit, "_MOST_KEYS", most_keys)
     codes, (count, total) = summed_by([np.array([1, 0, 1, 1]), np.array([2, 0, 2, 0])], np.array([1.0, 2.0, 4.0, 8.0]))
     rows = {(a, b): (n, t) for a, b, n, t in zip(*codes, count, total, strict=True)}
     assert rows == {(0, 0): (1, 2.0), (1, 0): (1, 8.0), (1, 2): (2, 5.0)}

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.account import PhaseAccount
-from llmkern.attribute.energy import EnergyCurve, Floor, FloorDoubt, mean_temperature
-from llmkern.attribute.identify import UNIDENTIFIED
-from llmkern.attribute.joules import MarginalJoules
-from llmkern.attribute.marginal import Features, Marginals, Window, estimate_marginals
-from llmkern.attribute.weighed import Weighed, counter_of
+from llmkern.attribute.energy.counter import EnergyCurve, counter_of
+from llmkern.attribute.energy.floor import Floor, FloorDoubt, mean_temperature
+from llmkern.attribute.energy.phases import Weighed
+from llmkern.attribute.split.account import PhaseAccount
+from llmkern.attribute.split.estimator import Features, Marginals, Window, estimate_marginals
+from llmkern.attribute.split.kernel_joules import MarginalJoules
+from llmkern.attribute.time.operators import UNIDENTIFIED
 from llmkern.runfolder import RunFolder
 
 # Windows of the run are made so long that they weigh as much as those of the replays.

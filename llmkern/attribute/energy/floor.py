@@ -1,4 +1,4 @@
-"""Energy between two moments from counter ticks, and the idle floor from the windows in which nothing ran."""
+"""The idle floor, from the windows in which nothing ran."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from llmkern.attribute.energy.counter import EnergyCurve
 from llmkern.estimate import DRAWS, Estimate
 
 # Leakage follows temperature: 0.7-0.8 W/°C measured on an H100. It is what is assumed, with this doubt (one sigma),
@@ -20,37 +21,6 @@ SETTLE_S = 0.3
 LEAST_SIGMA_W = 0.2
 # Temperatures come in whole degrees: through fewer of them than this goes no line.
 LEAST_SPREAD_C = 3.0
-
-
-class EnergyCurve:
-    """Cumulative energy of one sensor, exact at its ticks (ns, mJ). Moments outside the ticks give NaN."""
-
-    def __init__(self, tick_ns: np.ndarray, tick_mj: np.ndarray) -> None:
-        order = np.argsort(tick_ns, kind="stable")
-        self.tick_ns = np.asarray(tick_ns, np.int64)[order]
-        self.tick_j = np.asarray(tick_mj, float)[order] / 1e3
-
-    def __len__(self) -> int:
-        return len(self.tick_ns)
-
-    def at(self, time_ns: np.ndarray | float) -> np.ndarray:
-        """Return the counter in J at *time_ns*, NaN outside the ticks."""
-        return np.interp(np.asarray(time_ns), self.tick_ns, self.tick_j, left=np.nan, right=np.nan)
-
-    def window(self, start_ns: int, end_ns: int) -> tuple[int, int, float] | None:
-        """Return the ticks that frame a window and the J between them: (tick before, tick after, energy).
-
-        The tick after is one that came at least a full period after the end, if there is one, so that the sensor has
-        seen all of the window. None when the ticks do not frame it.
-        """
-        before = int(np.searchsorted(self.tick_ns, start_ns, side="right")) - 1
-        after = int(np.searchsorted(self.tick_ns, end_ns, side="left"))
-        if before < 0 or after >= len(self.tick_ns):
-            return None
-        period_ns = float(np.median(np.diff(self.tick_ns))) if len(self.tick_ns) > 1 else 0.0
-        if after + 1 < len(self.tick_ns) and self.tick_ns[after] < end_ns + period_ns:
-            after += 1
-        return int(self.tick_ns[before]), int(self.tick_ns[after]), float(self.tick_j[after] - self.tick_j[before])
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.by_ranges import ByRanges, energy_by_ranges
-from llmkern.attribute.calibration import Sensor, calibrate, choose
-from llmkern.attribute.energy import EnergyCurve, Floor, mean_temperature, measure_floor
-from llmkern.attribute.timeline import Timeline
+from llmkern.attribute.energy.by_ranges import ByRanges, energy_by_ranges
+from llmkern.attribute.energy.counter import EnergyCurve, counter_of
+from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
+from llmkern.attribute.energy.sensors import Sensor, calibrate, choose
+from llmkern.attribute.time.timeline import Timeline
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import PREFILL
@@ -164,26 +165,6 @@ def _samples(curve: EnergyCurve, power: pd.DataFrame, books: dict[str, float | N
         return samples["timestamp_ns"].to_numpy(), samples["power_mw"].to_numpy(float) / 1e3 * scale
     watts = np.diff(curve.tick_j, prepend=np.nan) / (np.diff(curve.tick_ns, prepend=0) / 1e9)
     return curve.tick_ns, watts
-
-
-def counter_of(run: RunFolder, sensor: str, device: int | None) -> EnergyCurve | None:
-    """Return the counter of *sensor* on *device* (None: summed over devices), None with fewer than two ticks."""
-    energy = run.table("energy")
-    rows = energy[energy["sensor"] == sensor]
-    if device is not None:
-        rows = rows[rows["device"] == device]
-    else:
-        # Packages are read one after the other in one sweep; their sum needs a value of each at the same time.
-        devices = sorted(rows["device"].unique())
-        first = rows[rows["device"] == devices[0]].sort_values("timestamp_ns") if devices else rows
-        total = first["energy_mj"].astype(float)
-        for other in devices[1:]:
-            part = rows[rows["device"] == other].sort_values("timestamp_ns")
-            total = total + np.interp(first["timestamp_ns"], part["timestamp_ns"], part["energy_mj"])
-        rows = first.assign(energy_mj=total)
-    if len(rows) < 2:
-        return None
-    return EnergyCurve(rows["timestamp_ns"].to_numpy(), rows["energy_mj"].to_numpy())
 
 
 def _measure_windows(

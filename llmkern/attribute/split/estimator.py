@@ -23,8 +23,8 @@ from functools import cached_property
 
 import numpy as np
 
-from llmkern.attribute.energy import FloorDoubt
-from llmkern.attribute.nnls import nnls_many
+from llmkern.attribute.energy.floor import FloorDoubt
+from llmkern.attribute.split.nnls import nnls_many
 from llmkern.estimate import DRAWS, Estimate
 
 # Two ticks of the counter frame a window, each known to some ms of a few hundred W.

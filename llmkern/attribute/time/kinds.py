@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.identify import UNIDENTIFIED
+from llmkern.attribute.time.operators import UNIDENTIFIED
 
 KINDS = (
     *("gemm", "gemv", "attention", "quantize", "dequantize", "outlier", "norm", "rope", "elementwise", "cast"),

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmkern.attribute.causes import CAUSES, gap_causes
-from llmkern.attribute.timeline import build_timeline
+from llmkern.attribute.time.causes import CAUSES, gap_causes
+from llmkern.attribute.time.timeline import build_timeline
 
 US = 1_000
 BASE_NS = 1_790_000_000_000_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmkern.attribute.weighed import Weighed
+from llmkern.attribute.energy.phases import Weighed
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmkern.attribute.energy import Floor
-from llmkern.attribute.joules import EqualPower, KernelJoules
-from llmkern.attribute.timeline import Timeline
-from llmkern.attribute.weighed import PhaseWeight
+from llmkern.attribute.energy.floor import Floor
+from llmkern.attribute.energy.phases import PhaseWeight
+from llmkern.attribute.split.kernel_joules import EqualPower, KernelJoules
+from llmkern.attribute.time.timeline import Timeline
 from llmkern.estimate import Estimate, from_samples
 
 # An H100 limited to 700 W drew up to 711 W on average under products back to back, and a counter has a gain of its own.

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.memory import memory_energy
+from llmkern.attribute.energy.memory import memory_energy
 from llmkern.runfolder import RunFolder
 from tests.synthetic import synthetic_run
 from tests.tables import write_table

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.identify import UNIDENTIFIED, Identified
-from llmkern.attribute.kinds import kinds
-from llmkern.attribute.timeline import NONE, Timeline
+from llmkern.attribute.time.kinds import kinds
+from llmkern.attribute.time.operators import UNIDENTIFIED, Identified
+from llmkern.attribute.time.timeline import Timeline
+from llmkern.runfolder.vocabulary import NONE
 
 OP_COLUMNS = ["op", "module", "layer", "shapes", "dtypes", "signature", "moved_bytes", "flops"]
 # A kernel that takes less than about twice its own launch (2 to 3 µs on an H100) leaves the device waiting for the

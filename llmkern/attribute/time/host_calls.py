@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.causes import gap_causes
-from llmkern.attribute.identify import Identified, Inspected, identify
-from llmkern.attribute.tally import described, summed_by, tally_gaps
-from llmkern.attribute.timeline import NONE, Timeline, containing, read_calls, read_timeline
+from llmkern.attribute.time.causes import gap_causes
+from llmkern.attribute.time.operators import Identified, Inspected, identify
+from llmkern.attribute.time.per_unit import described, summed_by, tally_gaps
+from llmkern.attribute.time.timeline import Timeline, containing, read_calls, read_timeline
 from llmkern.runfolder import RunFolder
+from llmkern.runfolder.vocabulary import NONE
 
 # Calls that return only when the device has done what was queued before them. A copy to pageable host memory
 # (cudaMemcpyAsync of a read-back) is followed by a synchronisation of its own in PyTorch.

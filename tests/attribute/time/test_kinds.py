@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from llmkern.attribute.identify import UNIDENTIFIED
-from llmkern.attribute.kinds import KINDS, RULES, kind_of, kinds
+from llmkern.attribute.time.kinds import KINDS, RULES, kind_of, kinds
+from llmkern.attribute.time.operators import UNIDENTIFIED
 
 LINEAR, INT8, QUANT = "aten.linear.default", "bitsandbytes.int8_mixed_scaled_mm.default", "int8_vectorwise_quant"
 ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<8, at::native::MulFunctor<float>>(int)"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.attribute.calibration import COUNTER, Sensor, calibrate, choose, describe, respond
+from llmkern.attribute.energy.sensors import COUNTER, Sensor, calibrate, choose, describe, respond
 from llmkern.record.passes.selftest import CYCLES, drive_sensors
 from llmkern.record.rig import RARE_TICK_S
 from llmkern.runfolder import RunFolder, RunWriter

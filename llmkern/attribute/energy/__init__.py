@@ -1,0 +1,1 @@
+"""What was measured: counter, idle floor, sensors, phases, memory."""

@@ -1,0 +1,1 @@
+"""Who took what: joules per launch, and the account of each phase."""

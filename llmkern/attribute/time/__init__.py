@@ -1,0 +1,1 @@
+"""What happened when: kernels, operators, host calls, gaps and their causes."""
