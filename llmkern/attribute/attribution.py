@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from llmkern.runfolder import RunFolder
 from llmkern.runfolder.schema import TABLES
 from llmkern.runfolder.vocabulary import RAPL_COUNTER
 
+# Returns which of some rows are meant.
+Chosen = Callable[[pd.DataFrame], Any]
 # From so many kernels on the host's calls are worked on beside the rest.
 _MANY = 500_000
 
@@ -103,6 +105,34 @@ class Attribution:
             ("kernels", phase, *keys),
             lambda: _split(self.accounts[phase], self.kernels[self.kernels["phase"] == phase], keys),
         )
+
+    def cost(
+        self, phase: str, kernels: Chosen | None = None, gaps: Chosen | None = None
+    ) -> tuple[Estimate | None, float]:
+        """Return J (None without energy) and seconds per unit of *phase* of the chosen kernels and gaps together.
+
+        *kernels* and *gaps* return which rows of ``kernels`` and ``gaps`` are meant.
+        """
+        account = self.accounts[phase]
+        parts: list[Estimate] = []
+        time_s = 0.0
+        if kernels is not None:
+            rows = self.kernels[self.kernels["phase"] == phase]
+            chosen = np.asarray(kernels(rows), bool)
+            scale = account.busy_s / account.traced_busy_s if account.is_traced_longer else 1.0
+            time_s += float(rows["duration_ns"].to_numpy()[chosen].sum()) / 1e9 * scale
+            if account.joules is not None:
+                parts.append(account.joules.of(rows, chosen))
+        if gaps is not None and len(self.gaps):
+            rows = self.gaps[self.gaps["phase"] == phase]
+            chosen = np.asarray(gaps(rows), bool)
+            share = float(rows["duration_ns"].to_numpy()[chosen].sum()) / max(float(rows["duration_ns"].sum()), 1e-9)
+            time_s += share * account.gap_s.value
+            if account.gap_j is not None:
+                parts.append(account.gap_j.scaled(share))
+        if account.joules is None or account.weight.energy_j is None or not parts:
+            return None, time_s
+        return reduce(Estimate.__add__, parts).within(account.weight.energy_j), time_s
 
     def table(self) -> pd.DataFrame:
         """Return table ``attribution``: a row per kernel, gap and residual of one unit of each phase.

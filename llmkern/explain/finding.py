@@ -35,18 +35,6 @@ class Finding:
     evidence: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
-def cost(rows: pd.DataFrame) -> tuple[Estimate | None, float]:
-    """Return the joules (None without energy) and the seconds of *rows* of a split.
-
-    Ends of intervals are added as if all erred alike: so gaps do, and for kernels it is the most that it can be.
-    """
-    time_s = float(rows["duration_ns"].sum()) / 1e9
-    if rows["energy_j"].isna().all() and len(rows):
-        return None, time_s
-    low, high = (float(rows[c].sum()) if rows[c].notna().all() else None for c in ("low_j", "high_j"))
-    return Estimate(float(rows["energy_j"].sum()), low, high), time_s
-
-
 def share_of(account: PhaseAccount, energy_j: Estimate | None, time_s: float | None) -> float:
     """Return what share of the phase's energy that is, of its latency where no energy is known."""
     whole = account.weight.energy_j

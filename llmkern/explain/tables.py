@@ -60,42 +60,52 @@ def shown_tables(attribution: Attribution, top: int) -> dict[str, pd.DataFrame]:
     caused = len(attribution.gaps) > 0
     located = attribution.identified is not None
 
-    def per_phase(rows: Callable[[PhaseAccount], pd.DataFrame], names: list[str], most: int | None) -> pd.DataFrame:
-        parts = [_shown(rows(account), account, names, most) for account in accounts]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["phase", *names, *_NUMBERS])
+    def per_phase(
+        rows: Callable[[PhaseAccount], pd.DataFrame], names: list[str], most: int | None, gaps: bool = False
+    ) -> pd.DataFrame:
+        parts = [_shown(rows(account), account, names, most, gaps) for account in accounts]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["phase", *names, "others", *_NUMBERS])
 
-    def of_frame(gaps: bool) -> Callable[[PhaseAccount], pd.DataFrame]:
-        def rows(account: PhaseAccount) -> pd.DataFrame:
-            own = attribution.frame[attribution.frame["phase"] == account.phase]
-            return own.loc[((own["kind"] == "gap") == gaps) & (own["kind"] != "residual")]
-
-        return rows
+    def between(account: PhaseAccount) -> pd.DataFrame:
+        frame = attribution.frame
+        return frame.loc[(frame["phase"] == account.phase) & (frame["kind"] == "gap")]
 
     found = {"kinds": per_phase(lambda a: attribution.split(a.phase, ["kind"]), ["kind"], None)}
     if caused:
-        found["causes"] = per_phase(lambda a: attribution.split_gaps(a.phase, ["cause"]), ["cause"], None)
-    found["kernels"] = per_phase(of_frame(gaps=False), ["name"], top)
+        found["causes"] = per_phase(lambda a: attribution.split_gaps(a.phase, ["cause"]), ["cause"], None, gaps=True)
+    found["kernels"] = per_phase(lambda a: attribution.split(a.phase, ["name"]), ["name"], top)
+    for i in found["kernels"].index[found["kernels"]["others"] > 0]:
+        # The interval of a sum is that of its draws, not the sum of intervals.
+        own = found["kernels"][found["kernels"]["phase"] == found["kernels"].loc[i, "phase"]]
+        rest = partial(_other_than, names=list(own["name"].dropna()))
+        joule, _ = attribution.cost(str(own["phase"].iloc[0]), kernels=rest)
+        if joule is not None and joule.low is not None:
+            found["kernels"].loc[i, ["low_j", "high_j"]] = [joule.low, joule.high]
     if caused and located:
         keys = ["cause", "op", "module"]
-        found["gaps"] = per_phase(lambda a: attribution.split_gaps(a.phase, keys), keys, -top)
+        found["gaps"] = per_phase(lambda a: attribution.split_gaps(a.phase, keys), keys, -top, gaps=True)
     else:
-        found["gaps"] = per_phase(of_frame(gaps=True), ["name"], top)
+        found["gaps"] = per_phase(between, ["name"], top, gaps=True)
     if located:
         keys = ["op", "module"]
         found["operators"] = per_phase(lambda a: attribution.split(a.phase, keys), keys, -top)
     return found
 
 
-def _shown(rows: pd.DataFrame, account: PhaseAccount, names: list[str], most: int | None) -> pd.DataFrame:
+def _other_than(rows: pd.DataFrame, names: list[str]) -> pd.Series:
+    return ~rows["name"].isin(names)
+
+
+def _shown(rows: pd.DataFrame, account: PhaseAccount, names: list[str], most: int | None, gaps: bool) -> pd.DataFrame:
     """Return the largest *most* of *rows* and the sum of the others; all for None, without the sum for less than 0."""
     by = "energy_j" if account.joules is not None else "duration_ns"
     rows = rows.sort_values(by, ascending=False, kind="stable").assign(others=0)
+    busy_s = 0.0 if gaps else float(rows["duration_ns"].sum()) / 1e9
     if most is not None and len(rows) > abs(most):
         rest = rows.iloc[abs(most) :]
         rows = rows.head(abs(most))
         if most > 0:
-            # Ends of intervals are added as if all erred alike: so gaps do, and for kernels it is the most that it can
-            # be.
+            # Ends of intervals are added as if all erred alike: so gaps do.
             sums = rest[["launches", "duration_ns", "energy_j", "low_j", "high_j"]].sum(min_count=1).to_dict()
             rows = pd.concat([rows, pd.DataFrame([{**sums, "others": len(rest)}])], ignore_index=True)
     energy = account.weight.energy_j
@@ -103,6 +113,8 @@ def _shown(rows: pd.DataFrame, account: PhaseAccount, names: list[str], most: in
     with np.errstate(divide="ignore", invalid="ignore"):
         each_s = (time_s / rows["launches"]).where(rows["launches"] > 0)
     known = energy is not None and account.joules is not None
+    # Kernels that ran at the same time share it: together they are as long as the device was busy.
+    overlap = min(1.0, account.busy_s / max(busy_s, 1e-12))
     numbers: dict[str, Any] = {
         "launches": rows["launches"],
         "each_s": each_s,
@@ -110,7 +122,9 @@ def _shown(rows: pd.DataFrame, account: PhaseAccount, names: list[str], most: in
         "energy_j": rows["energy_j"] if known else np.nan,
         "low_j": rows["low_j"] if known else np.nan,
         "high_j": rows["high_j"] if known else np.nan,
-        "share": rows["energy_j"] / energy.value if known and energy is not None else time_s / account.latency_s,
+        "share": rows["energy_j"] / energy.value
+        if known and energy is not None
+        else time_s * overlap / account.latency_s,
     }
     named = {name: rows[name].astype(object) for name in names}
     frame = pd.DataFrame({"phase": account.phase, **named, "others": rows["others"], **numbers})

@@ -32,6 +32,10 @@ class KernelJoules(Protocol):
         """Return the joules above the floor of each of *rows*."""
         ...
 
+    def of(self, rows: pd.DataFrame, chosen: np.ndarray) -> Estimate:
+        """Return what the *chosen* of *rows*, which are all of the phase, take together."""
+        ...
+
 
 def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
@@ -101,6 +105,10 @@ class EqualPower:
         share = rows["duration_ns"].to_numpy(float) / max(float(rows["duration_ns"].sum()), 1.0)
         return max(self.total.value - self.floor_w.value * self.busy_s, 0.0) * share
 
+    def of(self, rows: pd.DataFrame, chosen: np.ndarray) -> Estimate:
+        duration_ns = rows["duration_ns"].to_numpy(float)
+        return self.total.scaled(float(duration_ns[chosen].sum()) / max(float(duration_ns.sum()), 1.0))
+
 
 @dataclass(frozen=True)
 class MarginalJoules:
@@ -165,6 +173,17 @@ class MarginalJoules:
         factor, _ = self._limit
         watts: np.ndarray = np.append(self.power_w, 0.0)[self._columns(rows)]
         return watts * rows["duration_ns"].to_numpy(float) / 1e9 * factor
+
+    def of(self, rows: pd.DataFrame, chosen: np.ndarray) -> Estimate:
+        own = rows[chosen]
+        seconds = own["duration_ns"].to_numpy(float) / 1e9
+        column = self._columns(own)
+        by_signature = np.bincount(column[column >= 0], seconds[column >= 0], len(self.signatures))
+        whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
+        at_floor_s = float(seconds[column >= 0].sum()) / whole_s * self.busy_s
+        factor, factors = self._limit
+        value = (self.floor_w * at_floor_s + float(self.power_w @ by_signature)) * factor
+        return Estimate.of(value, (self.floor_draws_w * at_floor_s + self.power_draws_w @ by_signature) * factors)
 
     def _columns(self, rows: pd.DataFrame) -> np.ndarray:
         """Return which of the signatures each of *rows* has, -1 for none of them."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.time.per_unit import SHORT_NS
-from llmkern.explain.finding import Finding, cost, layers, readable
+from llmkern.explain.finding import Finding, layers, readable
 
 # Below this share of short kernels the host keeps ahead of the device without help.
 _MOSTLY = 0.5
@@ -21,10 +24,12 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
         count, short = float(kernels["launches"].sum()), float(kernels["short"].sum())
         if not depth or count == 0 or short / count < _MOSTLY or account.busy_share > 0.9:
             continue
-        rows = attribution.split(phase, ["kind", "op", "module"])
+        keys = ["kind", "op", "module"]
+        rows = attribution.split(phase, keys)
         each = rows["duration_ns"] / rows["launches"]
         own = rows[each < SHORT_NS].sort_values("launches", ascending=False)
-        energy_j, time_s = cost(own)
+        short_ones = pd.MultiIndex.from_frame(own[keys].astype(str))
+        energy_j, time_s = attribution.cost(phase, kernels=partial(_among, keys=keys, wanted=short_ones))
         inside = float(kernels.loc[kernels["layer"].notna(), "launches"].sum()) / depth
         by_length = kernels.assign(each_ns=kernels["duration_ns"] / kernels["launches"]).sort_values("each_ns")
         launched = f", one every {account.latency_s / count * 1e6:.1f} µs on average"
@@ -49,6 +54,11 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
             )
         )
     return found
+
+
+def _among(rows: pd.DataFrame, keys: list[str], wanted: pd.MultiIndex) -> np.ndarray:
+    """Return which of *rows* have *keys* that are *wanted*."""
+    return pd.MultiIndex.from_frame(rows[keys].astype(object).astype(str)).isin(wanted)
 
 
 def _in_graphs(attribution: Attribution, phase: str) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.time.operators import UNIDENTIFIED
-from llmkern.explain.finding import WORTH_TELLING, Finding, cost, layer_waits, operator_name, readable, share_of
+from llmkern.explain.finding import WORTH_TELLING, Finding, layer_waits, operator_name, readable, share_of
 from llmkern.text import quantity
 
 # Boundaries between token steps are a finding of their own, and so are waits inside layers.
@@ -34,7 +36,7 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
     for phase, account in attribution.accounts.items():
         rows = attribution.split_gaps(phase, ["cause", "op", "module"])
         for cause, own in rows.groupby("cause", sort=False, observed=True):
-            energy_j, time_s = cost(own)
+            energy_j, time_s = attribution.cost(phase, gaps=partial(_caused, cause=str(cause)))
             share = share_of(account, energy_j, time_s)
             told = cause == "sync_stall" and layer_waits(attribution, phase)["launches"].sum() >= 1
             if cause == "token_boundary" or told or share < WORTH_TELLING:
@@ -54,6 +56,10 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
                 )
             )
     return found
+
+
+def _caused(gaps: pd.DataFrame, cause: str) -> pd.Series:
+    return gaps["cause"] == cause
 
 
 def _mostly(rows: pd.DataFrame) -> str:

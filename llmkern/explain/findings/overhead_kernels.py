@@ -6,7 +6,7 @@ import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.estimate import Estimate
-from llmkern.explain.finding import WORTH_TELLING, Finding, cost, readable, share_of
+from llmkern.explain.finding import WORTH_TELLING, Finding, readable, share_of
 from llmkern.text import quantity, with_interval
 
 CONVERSIONS = ("quantize", "dequantize", "outlier", "cast")
@@ -19,10 +19,9 @@ def overhead_kernels(attribution: Attribution) -> list[Finding]:
         rows = attribution.split(phase, ["kind", "op", "module"])
         own = rows[rows["kind"].isin(CONVERSIONS)]
         launches = float(own["launches"].sum())
-        gaps = attribution.split_gaps(phase, ["kind"]) if len(attribution.gaps) else own.iloc[:0]
-        gap_j, gap_s = cost(gaps[gaps["kind"].isin(CONVERSIONS)])
-        kernel_j, kernel_s = cost(own)
-        energy_j, time_s = cost(pd.concat([own, gaps[gaps["kind"].isin(CONVERSIONS)]]))
+        gap_j, gap_s = attribution.cost(phase, gaps=_converts)
+        kernel_j, kernel_s = attribution.cost(phase, kernels=_converts)
+        energy_j, time_s = attribution.cost(phase, kernels=_converts, gaps=_converts)
         if own.empty or share_of(account, energy_j, time_s) < WORTH_TELLING:
             continue
         counts = own.groupby("kind")["launches"].sum().sort_values(ascending=False)
@@ -45,6 +44,10 @@ def overhead_kernels(attribution: Attribution) -> list[Finding]:
             )
         )
     return found
+
+
+def _converts(rows: pd.DataFrame) -> pd.Series:
+    return rows["kind"].isin(CONVERSIONS)
 
 
 def _cost(energy_j: Estimate | None, time_s: float) -> str:

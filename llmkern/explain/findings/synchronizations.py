@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.explain.finding import Finding, cost, layer_waits, layers, operator_name, readable
+from llmkern.explain.finding import Finding, layer_waits, layers, operator_name, readable
 
 
 def synchronizations(attribution: Attribution) -> list[Finding]:
@@ -17,9 +17,7 @@ def synchronizations(attribution: Attribution) -> list[Finding]:
             continue
         blocked_s = float(calls["duration_ns"].sum()) / 1e9
         # The device runs dry in the wait, and stays so until the host has issued the next kernel.
-        gaps = attribution.split_gaps(phase, ["cause", "op", "module"])
-        after = gaps[(gaps["cause"] == "sync_stall")]
-        energy_j, time_s = cost(after)
+        energy_j, time_s = attribution.cost(phase, gaps=lambda gaps: gaps["cause"] == "sync_stall")
         by_op = calls.groupby(["op", "module"], sort=False)[["launches", "duration_ns"]].sum().reset_index()
         busiest = by_op.sort_values("launches", ascending=False)
         first = operator_name(busiest["op"].iloc[0])

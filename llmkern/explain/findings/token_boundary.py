@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.explain.finding import WORTH_TELLING, Finding, cost, readable, share_of
+from llmkern.explain.finding import WORTH_TELLING, Finding, readable, share_of
 
 
 def token_boundary(attribution: Attribution) -> list[Finding]:
@@ -13,7 +13,7 @@ def token_boundary(attribution: Attribution) -> list[Finding]:
     account = attribution.accounts["decode"]
     rows = attribution.split_gaps("decode", ["cause", "op", "module"])
     own = rows[rows["cause"] == "token_boundary"]
-    energy_j, time_s = cost(own)
+    energy_j, time_s = attribution.cost("decode", gaps=lambda gaps: gaps["cause"] == "token_boundary")
     if own.empty or share_of(account, energy_j, time_s) < WORTH_TELLING:
         return []
     return [
