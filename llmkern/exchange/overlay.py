@@ -225,7 +225,7 @@ def _gaps(gaps: pd.DataFrame, placed: pd.DataFrame, own: pd.DataFrame, attributi
             # In whole numbers: a float holds times since 1970 to 256 ns only.
             "end_ns": gaps["start_ns"].to_numpy(np.int64) + gaps["duration_ns"].to_numpy(np.int64),
             "phase": phase.to_numpy(),
-            "token": gaps["token"].to_numpy(),
+            "token": placed["token"].to_numpy()[gaps["kernel"].to_numpy()],
             "cause": gaps["cause"].astype(object).to_numpy() if "cause" in gaps else "idle",
             "op": ended_by["op"].to_numpy(),
             "module": ended_by["module"].to_numpy(),

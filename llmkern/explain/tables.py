@@ -64,7 +64,11 @@ def shown_tables(attribution: Attribution, top: int) -> dict[str, pd.DataFrame]:
         rows: Callable[[PhaseAccount], pd.DataFrame], names: list[str], most: int | None, gaps: bool = False
     ) -> pd.DataFrame:
         parts = [_shown(rows(account), account, names, most, gaps) for account in accounts]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["phase", *names, "others", *_NUMBERS])
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=["phase", *names, "others", *_NUMBERS])
+        )
 
     def between(account: PhaseAccount) -> pd.DataFrame:
         frame = attribution.frame

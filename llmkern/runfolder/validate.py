@@ -91,9 +91,9 @@ def _beyond(column: pa.ChunkedArray, limit: float, beyond: Any) -> int | None:
 
 def _numbers(column: pa.ChunkedArray) -> np.ndarray:
     """Return *column* as integers in which equal values are equal."""
+    if pa.types.is_integer(column.type):
+        return (column.fill_null(-1) if column.null_count else column).to_numpy()
     plain = column.combine_chunks()
-    if pa.types.is_integer(plain.type):
-        return plain.fill_null(-1).to_numpy(zero_copy_only=False)
     plain = plain if pa.types.is_dictionary(plain.type) else plain.dictionary_encode()
     return plain.indices.fill_null(-1).to_numpy(zero_copy_only=False)
 
@@ -101,11 +101,13 @@ def _numbers(column: pa.ChunkedArray) -> np.ndarray:
 def _repeated(table: pa.Table, columns: list[str]) -> Iterator[tuple[int, str]]:
     first = _numbers(table[columns[0]])
     keys = [first, *(_numbers(table[column].unify_dictionaries()) for column in columns[1:])]
-    rows = np.flatnonzero(first > 0)
-    if len(rows) < len(first):
+    named = first > 0
+    rows = None if named.all() else np.flatnonzero(named)
+    if rows is not None:
         keys = [key[rows] for key in keys]
     if _rises(keys[0], keys[1:]):
         return
+    rows = np.arange(len(first)) if rows is None else rows
     order = np.lexsort(keys)
     same = np.ones(max(0, len(rows) - 1), bool)
     for key in keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,25 +44,24 @@ def read_host(run: RunFolder, inspected: Inspected | None, ops: pd.DataFrame) ->
     if calls.empty:
         return None
     timeline = read_timeline(run, run.facts.device.index, "calls", calls)
-    identified = identify(inspected, timeline) if inspected is not None else None
-    return _traced(run, "calls", timeline, identified, ops)
+    overheads = run.table("overheads", where={"pass": "calls"})
+    with ThreadPoolExecutor(1) as beside:
+        # The two halves know nothing of each other; with millions of kernels each takes a second.
+        causes = beside.submit(gap_causes, timeline, calls, overheads)
+        identified = identify(inspected, timeline) if inspected is not None else None
+        tally = tally_calls(timeline, identified, ops, calls)
+        caused = causes.result()
+    return HostTrace(timeline, identified, calls, caused, tally_gaps(timeline, identified, ops, caused), tally)
 
 
 def host_of(run: RunFolder, timed: Timeline, identified: Identified | None, ops: pd.DataFrame) -> HostTrace | None:
     """Return what the host did in pass *time*, *timed*, where its calls were recorded there: so older runs have it."""
-    return _traced(run, "time", timed, identified, ops)
-
-
-def _traced(
-    run: RunFolder, pass_name: str, timeline: Timeline, identified: Identified | None, ops: pd.DataFrame
-) -> HostTrace | None:
-    calls = read_calls(run, pass_name)
+    calls = read_calls(run, "time")
     if calls.empty:
         return None
-    overheads = run.table("overheads", where={"pass": pass_name})
-    caused = gap_causes(timeline, calls, overheads)
-    gaps = tally_gaps(timeline, identified, ops, caused)
-    return HostTrace(timeline, identified, calls, caused, gaps, tally_calls(timeline, identified, ops, calls))
+    caused = gap_causes(timed, calls, run.table("overheads", where={"pass": "time"}))
+    gaps = tally_gaps(timed, identified, ops, caused)
+    return HostTrace(timed, identified, calls, caused, gaps, tally_calls(timed, identified, ops, calls))
 
 
 def _launched_last(timeline: Timeline, calls: pd.DataFrame) -> np.ndarray:

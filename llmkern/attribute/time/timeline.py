@@ -24,8 +24,8 @@ class Timeline:
     ``kernels``: rows of table kernels with call (the position of their launch in the host calls by their start, NONE
     where it was not recorded), issued_ns, phase, instance (index into ``phases``) and token (NONE between token steps).
     ``phases``: one row per traced phase: phase, repeat, start_ns, end_ns, wall_ns, tokens, kernels, busy_ns, gap_ns.
-    ``gaps``: start_ns, duration_ns, phase, instance, token, before, after (kernel names), kernel (the position in
-    ``kernels`` of the one that ended it).
+    ``gaps``: start_ns, duration_ns, phase, before, after (kernel names), kernel (the position in ``kernels`` of the one
+    that ended it).
     ``forwards``: the ranges of the model's forwards by their start.
     ``outside``: kernels that belong to no phase.
     """
@@ -74,7 +74,7 @@ def build_timeline(
     phases = _of_category(ranges, "phase")
     tokens = _of_category(ranges, "token")
     call, issued_ns = _issued(kernels, launches)
-    instance = containing(issued_ns, phases).astype(np.int32)
+    instance = containing(issued_ns, phases).astype(np.int32, copy=False)
     token = containing(issued_ns, _until_next(tokens, phases))
     kernels = kernels.assign(
         call=call,
@@ -104,8 +104,8 @@ def build_timeline(
         wall_ns=phases["end_ns"] - phases["start_ns"],
         tokens=_tokens_in(phases),
         kernels=np.bincount(instance, minlength=count),
-        busy_ns=np.bincount(instance, busy, minlength=count),
-        gap_ns=np.bincount(instance, np.maximum(0, idle), minlength=count),
+        busy_ns=_summed(instance, busy, count),
+        gap_ns=_summed(instance, np.maximum(0, idle), count),
     )
     return Timeline(kernels, phases, _gaps(kernels, idle), tokens, outside)
 
@@ -136,6 +136,17 @@ def find(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     order = np.argsort(keys, kind="stable")
     position = np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)
     return np.where(keys[order[position]] == wanted, order[position], NONE)
+
+
+def _summed(instance: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
+    """Return the sum of *values* for each of *count* instances."""
+    if (instance[1:] < instance[:-1]).any():
+        return np.bincount(instance, values, minlength=count)
+    edges = np.searchsorted(instance, np.arange(count + 1))
+    sums = np.zeros(count)
+    some = edges[1:] > edges[:-1]
+    sums[some] = np.add.reduceat(values, edges[:-1][some]) if some.any() else 0.0
+    return sums
 
 
 def _of_category(ranges: pd.DataFrame, category: str) -> pd.DataFrame:
@@ -185,7 +196,7 @@ def containing(times_ns: np.ndarray, spans: pd.DataFrame) -> np.ndarray:
         beyond = np.maximum(first, beyond)
         lengths = np.column_stack([beyond - first, np.append(first[1:], len(times_ns)) - beyond]).ravel()
         which = np.column_stack([np.arange(len(starts)), np.full(len(starts), NONE)]).ravel()
-        result: np.ndarray = np.repeat(np.append(NONE, which), np.append(first[0], lengths))
+        result: np.ndarray = np.repeat(np.append(NONE, which).astype(np.int32), np.append(first[0], lengths))
         return result
     index = np.searchsorted(starts, times_ns, side="right") - 1
     inside = (index >= 0) & (times_ns <= ends[np.maximum(index, 0)])
@@ -232,8 +243,6 @@ def _gaps(kernels: pd.DataFrame, idle_ns: np.ndarray) -> pd.DataFrame:
             "start_ns": kernels["start_ns"].to_numpy()[open_] - duration_ns,
             "duration_ns": duration_ns.astype(float),
             "phase": kernels["phase"].array[open_],
-            "instance": kernels["instance"].to_numpy()[open_],
-            "token": kernels["token"].to_numpy()[open_],
             "before": before,
             "after": after,
             "kernel": open_,
