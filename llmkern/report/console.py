@@ -19,6 +19,10 @@ class PlainConsole(Console):
     def __init__(self, **how: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **how)
 
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command: rich would end the process with 1, and a reader that has enough is no error."""
+        raise BrokenPipeError
+
     def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Return the segments of *renderable*; those of rich's own control stay as they are."""
         for segment in super().render(renderable, options):

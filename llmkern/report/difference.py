@@ -104,7 +104,8 @@ def _bars(difference: Difference, view: str, title: str, top: int, width: int) -
         before, after = (quantity(row[f"{side}_{key[-1]}"], unit) for side in ("before", "after"))
         bar = [_bar(row[key] / largest)] if wide else []
         told = verdict(row["low_j"], row["high_j"]) if has_energy else verdict(None, None)
-        numbers = (before, after, signed(estimate, unit), _SHORT.get(told, told), _launches(row))
+        told = told if wide else _SHORT.get(told, told)
+        numbers = (before, after, signed(estimate, unit), told, _launches(row))
         cells.append([name, *numbers[: len(titles)], *bar])
     # What is left of the line beside the numbers, with two blanks between columns.
     others = sum(2 + max([len(title), *(len(str(c[i])) for c in cells)]) for i, title in enumerate(titles, 1))
