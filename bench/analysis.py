@@ -13,9 +13,11 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ from llmkern.runfolder.writer import grouped
 REPEATED = ("calls", "time")
 DEFAULT_RUN = Path(__file__).parents[1] / "tests" / "data" / "h100-qwen-7b-int4"
 MOST_S, MOST_BYTES = 5.0, 2.5e9
+REPORT_S = 2.5
+IMPORT = ["-c", "import pandas"]
 CORES = 2
 _OURS = """
 import json, resource, sys, time
@@ -218,6 +222,21 @@ def theirs(run: RunFolder, kernels: int, scratch: Path, python: str) -> dict[str
     )
 
 
+def report(folder: Path, repeats: int = 7) -> dict[str, Any]:
+    """Return the case of ``llmkern report``: seconds from command to text, and what pandas alone takes to import."""
+    took: dict[str, list[float]] = {"report": [], "import_pandas": []}
+    for _ in range(repeats):
+        for name, arguments in (("report", ["-m", "llmkern", "report", str(folder)]), ("import_pandas", IMPORT)):
+            begin_s = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+            took[name].append(time.perf_counter() - begin_s)
+    metrics = {n: metric(statistics.median(s), "s", s) for n, s in took.items()}
+    seconds = statistics.median(took["report"])
+    print(f"llmkern report {folder.name}: {seconds:.2f} s", flush=True)
+    note = "" if seconds <= REPORT_S else f"the bar is {REPORT_S} s"
+    return case(f"llmkern report {folder.name}", {}, metrics, seconds <= REPORT_S, note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=DEFAULT_RUN)
@@ -228,7 +247,8 @@ def main() -> None:
     chosen = parser.parse_args()
     run = RunFolder(chosen.run)
     with tempfile.TemporaryDirectory() as scratch:
-        cases = [ours(run, chosen.kernels, Path(scratch))[0]]
+        cases = [report(DEFAULT_RUN.parent / "h100-qwen-7b-int8")]
+        cases += [ours(run, chosen.kernels, Path(scratch))[0]]
         cases += [theirs(run, count, Path(scratch), chosen.peer_python) for count in chosen.peer_kernels]
     print(write("analysis", cases, chosen.results))
 

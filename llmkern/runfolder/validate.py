@@ -57,10 +57,14 @@ def _problems(name: str, table: pa.Table) -> Iterator[tuple[int, str]]:
             bad = pc.invert(pc.fill_null(pc.is_finite(table[field.name]), True))
             if pc.any(bad).as_py():
                 yield _first(bad), f"{field.name} is {table[field.name][_first(bad)].as_py()}"
+    ends = {}
+    for column in {*(rules.least or {}), *(rules.most or {})} & have:
+        # The extremes of a column take a tenth of the time of a comparison row by row.
+        ends[column] = pc.min_max(table[column]).as_py()
     for bounds, beyond, words in ((rules.least, pc.less, "below"), (rules.most, pc.greater, "above")):
         for column, limit in (bounds or {}).items():
             if column in have:
-                bad = _beyond(table[column], limit, beyond)
+                bad = _beyond(table[column], ends[column], limit, beyond)
                 if bad is not None:
                     yield bad, f"{column} is {table[column][bad].as_py()}, {words} {limit:,}"
     if rules.span and {"start_ns", "end_ns"} <= have:
@@ -79,10 +83,8 @@ def _first(mask: Any) -> int:
     return int(pc.index(mask, True).as_py())
 
 
-def _beyond(column: pa.ChunkedArray, limit: float, beyond: Any) -> int | None:
-    """Return the row of the first value of *column* beyond *limit*, None without one."""
-    # The extremes of a column take a tenth of the time of a comparison row by row.
-    ends = pc.min_max(column).as_py()
+def _beyond(column: pa.ChunkedArray, ends: dict[str, Any], limit: float, beyond: Any) -> int | None:
+    """Return the row of the first value of *column*, whose extremes are *ends*, beyond *limit*, None without one."""
     extreme = ends["min"] if beyond is pc.less else ends["max"]
     if extreme is None or not (extreme < limit if beyond is pc.less else extreme > limit):
         return None

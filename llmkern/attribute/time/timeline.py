@@ -84,7 +84,7 @@ def build_timeline(
         token=np.append(tokens["token"].fillna(NONE).to_numpy(np.int32), np.int32(NONE))[token],
     )
     inside = instance >= 0
-    outside = int((~inside).sum())
+    outside = len(inside) - int(np.count_nonzero(inside))
     if outside:
         kernels = kernels[inside].reset_index(drop=True)
         instance = instance[inside]
@@ -93,21 +93,24 @@ def build_timeline(
     start = kernels["start_ns"].to_numpy() - base_ns
     end = kernels["end_ns"].to_numpy() - base_ns
     previous_end = _previous_end(instance, start, end)
-    first = previous_end < 0
+    # Arrays of millions of rows are used again and again: a new one costs more than what is computed in it.
     idle = start - previous_end
-    idle[first] = 0
+    idle[previous_end < 0] = 0
+    gaps = _gaps(kernels, idle)
+    np.maximum(idle, 0, out=idle)
     # Before the first kernel there is none that could still run: its previous end is below every start.
     np.maximum(previous_end, start, out=previous_end)
-    busy = np.maximum(0, end - previous_end)
+    busy = np.subtract(end, previous_end, out=previous_end)
+    np.maximum(busy, 0, out=busy)
     count = len(phases)
     phases = phases.assign(
         wall_ns=phases["end_ns"] - phases["start_ns"],
         tokens=_tokens_in(phases),
         kernels=np.bincount(instance, minlength=count),
         busy_ns=_summed(instance, busy, count),
-        gap_ns=_summed(instance, np.maximum(0, idle), count),
+        gap_ns=_summed(instance, idle, count),
     )
-    return Timeline(kernels, phases, _gaps(kernels, idle), tokens, outside)
+    return Timeline(kernels, phases, gaps, tokens, outside)
 
 
 def by_start(frame: pd.DataFrame) -> pd.DataFrame:
@@ -215,15 +218,16 @@ def _previous_end(instance: np.ndarray, start_ns: np.ndarray, end_ns: np.ndarray
     if (instance[1:] < instance[:-1]).any():
         order = np.argsort(instance, kind="stable")
         instance, start_ns, end_ns = instance[order], start_ns[order], end_ns[order]
-    previous = np.full(len(end_ns), NONE, np.int64)
+    previous = np.empty(len(end_ns), np.int64)
+    previous[:1] = NONE
     if len(end_ns) > 1:
-        same = instance[1:] == instance[:-1]
-        latest = np.maximum.accumulate(end_ns)[:-1]
-        if (latest[~same] > start_ns[1:][~same]).any():
+        np.maximum.accumulate(end_ns[:-1], out=previous[1:])
+        new = np.flatnonzero(instance[1:] != instance[:-1]) + 1
+        if (previous[new] > start_ns[new]).any():
             # A phase began while the one before still ran: each is lifted above everything in those before it.
             lift = instance.astype(np.int64) * (int(end_ns.max()) + 1)
-            latest = np.maximum.accumulate(end_ns + lift)[:-1] - lift[:-1]
-        np.copyto(previous[1:], latest, where=same)
+            previous[1:] = np.maximum.accumulate(end_ns + lift)[:-1] - lift[:-1]
+        previous[new] = NONE
     if order is None:
         return previous
     result = np.empty_like(previous)
