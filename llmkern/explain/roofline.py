@@ -81,9 +81,11 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     keys = ["op", "module", "signature"]
     frame = attribution.split(phase, keys)
     frame = frame[frame["op"] != UNIDENTIFIED].rename(columns={"launches": "kernels"})
-    rows = rows.astype(dict.fromkeys([*keys, "kind", "dtypes"], object))
-    sums = rows.groupby(keys, sort=False)[["calls", "moved_bytes", "flops"]].sum()
-    longest = rows.sort_values("duration_ns", ascending=False).drop_duplicates(keys).set_index(keys)
+    sums = rows.groupby(keys, sort=False, observed=True)[["calls", "moved_bytes", "flops"]].sum().reset_index()
+    # Thousands of rows are sorted by number and reduced to a few before they are texts.
+    order = np.argsort(-rows["duration_ns"].to_numpy(), kind="stable")
+    longest = rows[[*keys, "kind", "dtypes"]].iloc[order].drop_duplicates(keys)
+    sums, longest = (t.astype({c: object for c in t if c in _TEXTS}).set_index(keys) for t in (sums, longest))
     frame = frame.join(sums, on=keys).join(longest[["kind", "dtypes"]], on=keys)
     # What a CUDA graph of the model's own moves and computes is not known.
     frame = frame[(frame["moved_bytes"] > 0) | (frame["flops"] > 0)]
@@ -107,6 +109,7 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     return frame.sort_values(["waste_j", "duration_ns"], ascending=False, ignore_index=True)[_COLUMNS]
 
 
+_TEXTS = ("op", "module", "signature", "kind", "dtypes")
 _COLUMNS = [
     *("op", "module", "signature", "kind", "calls", "kernels", "duration_ns", "moved_bytes", "flops", "bytes_per_s"),
     *("flops_per_s", "bound", "floor_ns", "roof_share", *ENERGIES, "floor_energy_j", "waste_j"),

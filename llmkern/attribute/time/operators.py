@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-from rapidfuzz.distance import LCSseq
 
 from llmkern.attribute.time.timeline import Timeline, read_timeline
 from llmkern.runfolder import RunFolder
@@ -143,6 +142,9 @@ def _aligned(names: np.ndarray, known: list[tuple[np.ndarray, np.ndarray]]) -> t
     for sequence, op in known:
         if np.array_equal(sequence, names):
             return op, NONE
+    # Only for what differs: most steps of most runs do not.
+    from rapidfuzz.distance import LCSseq
+
     best: np.ndarray = np.full(len(names), NONE)
     for sequence, op in known:
         found = np.full(len(names), NONE)

@@ -31,13 +31,14 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
         short_ones = pd.MultiIndex.from_frame(own[keys].astype(str))
         energy_j, time_s = attribution.cost(phase, kernels=partial(_among, keys=keys, wanted=short_ones))
         inside = float(kernels.loc[kernels["layer"].notna(), "launches"].sum()) / depth
-        by_length = kernels.assign(each_ns=kernels["duration_ns"] / kernels["launches"]).sort_values("each_ns")
+        each_ns = (kernels["duration_ns"] / kernels["launches"]).to_numpy()
+        order = np.argsort(each_ns, kind="stable")
         launched = f", one every {account.latency_s / count * 1e6:.1f} µs on average"
         next_step = "fuse neighbours, or launch them all at once: a CUDA graph"
         if _in_graphs(attribution, phase) > _MOSTLY:
             launched, next_step = ", all at once in a CUDA graph", "fuse neighbours"
-        middle = np.searchsorted(by_length["launches"].cumsum().to_numpy(), count / 2)
-        median_us = float(by_length["each_ns"].iloc[min(int(middle), len(by_length) - 1)]) / 1e3
+        middle = int(np.searchsorted(kernels["launches"].to_numpy()[order].cumsum(), count / 2))
+        median_us = float(each_ns[order[min(middle, len(order) - 1)]]) / 1e3
         found.append(
             Finding(
                 "fragmentation",
@@ -58,7 +59,7 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
 
 def _among(rows: pd.DataFrame, keys: list[str], wanted: pd.MultiIndex) -> np.ndarray:
     """Return which of *rows* have *keys* that are *wanted*."""
-    return pd.MultiIndex.from_frame(rows[keys].astype(object).astype(str)).isin(wanted)
+    return pd.MultiIndex.from_frame(rows[keys]).isin(wanted)
 
 
 def _in_graphs(attribution: Attribution, phase: str) -> float:
