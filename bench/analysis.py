@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,7 +37,7 @@ DEFAULT_RUN = Path(__file__).parents[1] / "tests" / "data" / "h100-qwen-7b-int4"
 MOST_S, MOST_BYTES = 5.0, 2.5e9
 REPORT_S = 2.5
 IMPORT = ["-c", "import pandas"]
-CORES = 2
+CORES, REPEATS = 2, 5
 _OURS = """
 import json, resource, sys, time
 begin = time.perf_counter()
@@ -178,15 +179,21 @@ def ours(run: RunFolder, kernels: int, scratch: Path) -> tuple[dict[str, Any], d
     # Two sizes that are asked for may be the same.
     shutil.rmtree(folder, ignore_errors=True)
     count = repeat_run(run, kernels, folder)
-    found = timed(_OURS, folder)
-    if isinstance(found, str):
-        raise SystemExit(f"llmkern failed on {count} kernels: {found}")
+    runs: list[dict[str, float]] = []
+    for _ in range(REPEATS):
+        one = timed(_OURS, folder)
+        if isinstance(one, str):
+            raise SystemExit(f"llmkern failed on {count} kernels: {one}")
+        runs.append(one)
+    took = [one["attribute_s"] + one["explain_s"] for one in runs]
+    # One core of a shared machine is a third faster or slower from minute to minute.
+    found = runs[int(np.argsort(took)[REPEATS // 2])]
     seconds = found["attribute_s"] + found["explain_s"]
     passed = seconds <= MOST_S and found["peak_bytes"] <= MOST_BYTES
     print(f"llmkern, {count:,} kernels: {seconds:.1f} s, {found['peak_bytes'] / 1e9:.2f} GB", flush=True)
     metrics = {
         "kernels": metric(count, "1"),
-        "load_attribute_explain": metric(seconds, "s"),
+        "load_attribute_explain": metric(seconds, "s", took),
         "import": metric(found["import_s"], "s"),
         "peak_memory_of_process": metric(found["peak_bytes"], "B"),
         "findings": metric(found["findings"], "1"),

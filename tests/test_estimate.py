@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import bdtr, stdtrit
 
-from llmkern.estimate import DRAWS, Estimate, from_samples
+from llmkern.estimate import DRAWS, Estimate, from_samples, student_t
 
 SAMPLES = st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=12)
 
@@ -86,3 +87,19 @@ def test_draws_are_always_the_same_and_in_no_order_of_size() -> None:
     assert len(first.draws) == DRAWS
     assert (first.draws == second.draws).all()
     assert (np.diff(first.draws) < 0).any()
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30])
+def test_student_t_is_that_of_scipy(freedom: int) -> None:
+    levels = (np.arange(400) + 0.5) / 400
+    np.testing.assert_allclose(student_t(freedom, levels), stdtrit(freedom, levels), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [6, 9, 24])
+def test_levels_of_the_median_are_those_of_the_binomial_distribution(count: int) -> None:
+    # P(median below the k-th of n) = P(fewer than k heads in n tosses).
+    values = np.arange(count, dtype=float)
+    found = from_samples(values)
+    assert found.draws is not None
+    share = (found.draws <= values[1]).mean()
+    assert share == pytest.approx(bdtr(1.0, count, 0.5), abs=0.004)

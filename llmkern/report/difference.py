@@ -18,6 +18,8 @@ from llmkern.text import count, elided, quantity, with_interval
 _BAR = 20
 # A narrower terminal needs its columns for names and numbers.
 _WIDE = 100
+# From here on there is room for a verdict in full.
+_ROOMY = 120
 _LEAST = 18
 _TITLES = ("before", "after", "change", "verdict", "launches")
 # The last one is left out where there is no room.
@@ -104,7 +106,7 @@ def _bars(difference: Difference, view: str, title: str, top: int, width: int) -
         before, after = (quantity(row[f"{side}_{key[-1]}"], unit) for side in ("before", "after"))
         bar = [_bar(row[key] / largest)] if wide else []
         told = verdict(row["low_j"], row["high_j"]) if has_energy else verdict(None, None)
-        told = told if wide else _SHORT.get(told, told)
+        told = told if width >= _ROOMY else _SHORT.get(told, told)
         numbers = (before, after, signed(estimate, unit), told, _launches(row))
         cells.append([name, *numbers[: len(titles)], *bar])
     # What is left of the line beside the numbers, with two blanks between columns.

@@ -104,3 +104,23 @@ def test_a_phase_that_was_not_traced_has_no_schedule() -> None:
     assert trace is not None
     nothing = replace(trace.timeline, phases=trace.timeline.phases.iloc[:0])
     assert schedule(replace(trace, timeline=nothing), "decode") is None
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "bf16-operators"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("factor", [0.1, 1.0, 3.0])
+def test_stretches_are_as_long_as_kernel_after_kernel(name: str, phase: str, factor: float) -> None:
+    trace = recorded(name).host_trace
+    assert trace is not None
+    plan = schedule(trace, phase)
+    assert plan is not None
+    host = device = 0.0
+    for i in range(len(plan.op)):
+        host += plan.before_ns[i] * factor
+        if plan.waits[i]:
+            host = max(host, device) + plan.return_ns[i]
+        host += plan.after_ns[i] * factor
+        issued = host + plan.latency_ns if plan.launched[i] else 0.0
+        device = max(issued, device + plan.gap_ns) + plan.duration_ns[i]
+        host += plan.call_ns[i] * factor
+    assert plan.latency_s(factor) == pytest.approx(max(host, device) / 1e9 / plan.steps, rel=1e-9)

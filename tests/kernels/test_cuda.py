@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 from llmkern.kernels import registry
 from llmkern.kernels.build import Build, source
+
+ROOT = Path(__file__).parents[2]
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings and nvidia-cuda-nvrtc compile the kernels")
 GPU = "NVIDIA H100 80GB HBM3"
@@ -76,6 +79,15 @@ def builds(capability: tuple[int, int]) -> list[Build]:
     return sorted(found, key=str)
 
 
+def spilled_alone(build: Build, architecture: str, tool: str) -> int:
+    """Return what *build* spills when it is the only one that a process compiles."""
+    program = "import tempfile; from pathlib import Path; from tests.kernels.test_cuda import *; "
+    program += f"cubin = compiled({build!r}, {architecture!r}); folder = Path(tempfile.mkdtemp()); "
+    program += f"print(max(local_bytes(cubin, folder, {tool!r}).values()))"
+    command = [sys.executable, "-c", program]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 def test_every_build_compiles_without_spills(architecture: str, tmp_path: Path) -> None:
     tool = cuobjdump()
@@ -85,11 +97,11 @@ def test_every_build_compiles_without_spills(architecture: str, tmp_path: Path) 
 
     def spilled(build: Build) -> tuple[Build, int]:
         folder = tmp_path / str(abs(hash(build)))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir()
         return build, max(local_bytes(compiled(build, architecture), folder, tool).values())
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(spilled, every))
-    # NVRTC in two threads has once spilled where it does not alone; what it does alone is what counts.
+    # After a hundred other compilations in its process NVRTC has spilled where it does not in a fresh one, which counts.
     doubtful = [build for build, count in found if count]
-    assert [str(build) for build in doubtful if spilled(build)[1]] == []
+    assert [str(build) for build in doubtful if spilled_alone(build, architecture, tool)] == []
