@@ -102,6 +102,6 @@ def test_every_build_compiles_without_spills(architecture: str, tmp_path: Path) 
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(spilled, every))
-    # After a hundred other compilations in its process NVRTC has spilled where it does not in a fresh one, which counts.
+    # After a hundred compilations in one process NVRTC has spilled where it does not in a fresh one, which counts.
     doubtful = [build for build, count in found if count]
     assert [str(build) for build in doubtful if spilled_alone(build, architecture, tool)] == []
