@@ -30,7 +30,7 @@ def with_interval(estimate: Estimate | None, unit: str) -> str:
     """Return an estimate as value [low, high], in one unit and with the digits that its interval leaves room for."""
     if estimate is None:
         return "–"
-    if estimate.low is None or estimate.high is None:
+    if estimate.low is None or estimate.high is None or math.isnan(estimate.low) or math.isnan(estimate.high):
         return quantity(estimate.value, unit)
     ends = (estimate.value, estimate.low, estimate.high)
     factor, name = _scale(max(map(abs, ends)), unit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from llmkern.attribute.attribution import attribute
 from llmkern.errors import UsageError
 from llmkern.explain.compare import NOT_DISTINGUISHABLE, compare, verdict
+from llmkern.report.console import PlainConsole
+from llmkern.report.difference import print_difference
 from tests.recorded import recorded
 from tests.synthetic import synthetic_run
 
@@ -118,3 +121,13 @@ def test_an_unknown_interval_stays_unknown(tmp_path: Path) -> None:
     gaps = decode.bars[decode.bars["part"] == "gaps"]
     assert gaps["low_j"].isna().any()
     assert set(gaps.loc[gaps["low_j"].isna(), "verdict"]) == {"unknown"}
+
+
+def test_an_interval_that_is_not_known_is_not_printed() -> None:
+    """A run of two rounds has none, and its difference from another has none either."""
+    out = io.StringIO()
+    first, second = recorded("int4"), recorded("int8")
+    facts = first.run.facts, second.run.facts
+    print_difference(*facts, compare(first, second), PlainConsole(file=out, width=140))
+    assert "unknown" in out.getvalue()
+    assert "nan" not in out.getvalue().lower()
