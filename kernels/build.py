@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 FOLDER = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
@@ -89,6 +90,12 @@ class Build:
             "SHIFT": self.shift,
         }
 
+    def lighter(self) -> Build | None:
+        """Return a build that computes the same with more registers to itself, None where there is none."""
+        if self.ahead > 1:
+            return replace(self, ahead=1)
+        return replace(self, blocks=self.blocks - 1) if self.blocks > 1 else None
+
     def options(self) -> tuple[str, ...]:
         return ("-std=c++17", "-default-device", *(f"-D{name}={value}" for name, value in self.macros().items()))
 
@@ -107,6 +114,23 @@ def inlined(text: str, folder: Path) -> str:
     return text
 
 
+_Compiled = TypeVar("_Compiled")
+
+
+def without_spills(build: Build, compile: Callable[[Build], tuple[_Compiled, int]]) -> _Compiled:
+    """Return what *compile* makes of *build*, or of the next lighter build that needs no local memory.
+
+    *compile* returns the bytes of that too. A build is tuned on one GPU, for bf16 and K without a tail: what else is
+    asked of it, or another compiler, may need some registers more. Where even the lightest spills, it is *build*.
+    """
+    first, spilled = compile(build)
+    found, other = first, build.lighter() if spilled else None
+    while spilled and other is not None:
+        found, spilled = compile(other)
+        other = other.lighter()
+    return first if spilled else found
+
+
 _lock = threading.Lock()
 _modules: dict[tuple[Build, int], Any] = {}
 
@@ -120,9 +144,13 @@ def compiled(build: Build, device: int) -> Any:
     if key not in _modules:
         import cupy
 
-        with cupy.cuda.Device(device):
+        def compile(build: Build) -> tuple[Any, int]:
             module = cupy.RawModule(code=source(build.format), options=build.options())
             module.compile()
+            return module, int(module.get_function("linear").local_size_bytes)
+
+        with cupy.cuda.Device(device):
+            module = without_spills(build, compile)
         with _lock:
             _modules.setdefault(key, module)
     return _modules[key]

@@ -1,12 +1,14 @@
-"""The numbers of a report from the files of its run, with nothing but pandas: tests/recompute.py RUN REPORT.json.
+"""The numbers of a report from the files of its run, with pandas and NumPy: tests/recompute.py RUN REPORT.json.
 
 What a reader of the Parquet files would write; it must import nothing of llmkern.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 run, report = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
@@ -28,14 +30,26 @@ weighed = ranges[(ranges["pass"] == "weigh") & (ranges["category"] == "generate"
 seconds = (weighed["end_ns"] - weighed["start_ns"]) / 1e9
 by_round = seconds.groupby([weighed["round"], weighed["new_tokens"]]).mean().unstack().dropna()
 most = by_round.columns.max()
-latency_s = {"prefill": by_round[1].median(), "decode": ((by_round[most] - by_round[1]) / (most - 1)).median()}
+rounds_s = {"prefill": by_round[1], "decode": (by_round[most] - by_round[1]) / (most - 1)}
+latency_s = {name: rounds.median() for name, rounds in rounds_s.items()}
 tokens = {"prefill": sum(facts["prompts"]["effective_tokens"]), "decode": facts["options"]["batch"]}
+
+
+def ends(rounds):
+    """The 95 % interval of a median: below the k-th of n rounds it lies as often as n coins show fewer than k heads."""
+    n = len(rounds)
+    heads = np.cumsum([math.comb(n, k) for k in range(n)]) / 2**n
+    return np.percentile(np.interp((np.arange(400) + 0.5) / 400, heads, np.sort(rounds)), [2.5, 97.5])
+
 
 for name, phase in phases.items():
     own = rows[rows["phase"] == name]
     kernels, gaps = (own[own["part"] == part] for part in ("kernels", "gaps"))
     energy_j, time_s = own["energy_j"].sum(), latency_s[name]
     same("latency", time_s, phase["latency_s"]["value"])
+    for end, found in zip(("low", "high"), ends(rounds_s[name]), strict=True):
+        same(f"latency, {end}", found, phase["latency_s"][end])
+        same(f"time in gaps, {end}", found - phase["busy_s"], phase["gap_s"][end])
     same("tokens/s", tokens[name] / time_s, phase["tokens_per_s"])
     same("energy", energy_j, phase["energy_j"]["value"])
     same("J/token", energy_j / tokens[name], phase["energy_per_token_j"]["value"])

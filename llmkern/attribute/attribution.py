@@ -30,13 +30,15 @@ from llmkern.runfolder.vocabulary import RAPL_COUNTER
 
 # Returns which of some rows are meant.
 Chosen = Callable[[pd.DataFrame], Any]
+# Rows with energies, and the draws of these, None where there is no interval.
+Drawn = tuple[pd.DataFrame, np.ndarray | None]
 # From so many kernels on the host's calls are worked on beside the rest.
 _MANY = 500_000
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Accounts per phase, and one row per kernel and per gap neighbourhood in ``frame`` (table ``attribution``).
+    """Accounts per phase, and what their kernels and gaps are.
 
     ``kernels`` are those of one unit of each phase, summed by name and operator (see tally_kernels), ``ops`` the
     operators behind them (see operators), ``marginals`` the joules per launch where operators were replayed,
@@ -45,7 +47,6 @@ class Attribution:
 
     run: RunFolder
     accounts: dict[str, PhaseAccount]
-    frame: pd.DataFrame
     weighed: Weighed | None
     timeline: Timeline
     kernels: pd.DataFrame
@@ -96,15 +97,32 @@ class Attribution:
             return self.host_trace.gaps
         return pd.DataFrame(columns=["phase", "cause", "kind", "op", "module", "layer", "launches", "duration_ns"])
 
+    @cached_property
+    def frame(self) -> pd.DataFrame:
+        """Return a row per kernel name, gap neighbourhood and residual of one unit of each phase."""
+        neighbours = tally_neighbours(self.timeline)
+        rows = [part for account in self.accounts.values() for part in _rows(account, self.kernels, neighbours)]
+        frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
+        return frame.assign(device=self.run.facts.device.index)
+
+    def kernels_of(self, phase: str) -> pd.DataFrame:
+        """Return the rows of ``kernels`` of *phase*."""
+        return self.once(("rows", phase), lambda: self.kernels[self.kernels["phase"] == phase])
+
+    def gaps_of(self, phase: str) -> pd.DataFrame:
+        """Return the rows of ``gaps`` of *phase*."""
+        return self.once(("gap rows", phase), lambda: self.gaps[self.gaps["phase"] == phase])
+
     def split(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``kernels``), launches, duration_ns and energies per unit of *phase*.
 
         The longest comes first; the number of a layer is written as ``*``.
         """
-        return self.once(
-            ("kernels", phase, *keys),
-            lambda: _split(self.accounts[phase], self.kernels[self.kernels["phase"] == phase], keys),
-        )
+        return self.once(("kernels", phase, *keys), lambda: self.drawn(phase, keys)[0])
+
+    def drawn(self, phase: str, keys: list[str]) -> Drawn:
+        """Return what split does, and the draws of its energies [rows, DRAWS]."""
+        return _split(self.accounts[phase], self.kernels_of(phase), keys)
 
     def cost(
         self, phase: str, kernels: Chosen | None = None, gaps: Chosen | None = None
@@ -117,14 +135,14 @@ class Attribution:
         parts: list[Estimate] = []
         time_s = 0.0
         if kernels is not None:
-            rows = self.kernels[self.kernels["phase"] == phase]
+            rows = self.kernels_of(phase)
             chosen = np.asarray(kernels(rows), bool)
             scale = account.busy_s / account.traced_busy_s if account.is_traced_longer else 1.0
             time_s += float(rows["duration_ns"].to_numpy()[chosen].sum()) / 1e9 * scale
             if account.joules is not None:
                 parts.append(account.joules.of(rows, chosen))
         if gaps is not None and len(self.gaps):
-            rows = self.gaps[self.gaps["phase"] == phase]
+            rows = self.gaps_of(phase)
             chosen = np.asarray(gaps(rows), bool)
             share = float(rows["duration_ns"].to_numpy()[chosen].sum()) / max(float(rows["duration_ns"].sum()), 1e-9)
             time_s += share * account.gap_s.value
@@ -166,10 +184,11 @@ class Attribution:
 
         Counts are those of the traced pass; times are scaled to the weighed gap time, which no recorder has lengthened.
         """
-        return self.once(
-            ("gaps", phase, *keys),
-            lambda: _gaps_at_floor(self.accounts[phase], self.gaps[self.gaps["phase"] == phase], keys),
-        )
+        return self.once(("gaps", phase, *keys), lambda: self.drawn_gaps(phase, keys)[0])
+
+    def drawn_gaps(self, phase: str, keys: list[str]) -> Drawn:
+        """Return what split_gaps does, and the draws of its energies [rows, DRAWS]."""
+        return _gaps_at_floor(self.accounts[phase], self.gaps_of(phase), keys)
 
 
 def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
@@ -217,13 +236,9 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         if evidence is not None:
             marginals, joules = by_marginals(evidence, weighed, accounts)
             accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}
-    neighbours = tally_neighbours(timeline)
-    rows = [part for account in accounts.values() for part in _rows(account, kernels, neighbours)]
-    frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
     return Attribution(
         run,
         accounts,
-        frame.assign(device=index),
         weighed,
         timeline,
         kernels,
@@ -239,19 +254,20 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     )
 
 
-def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    frame = without_energy(rows, keys) if account.joules is None else account.joules.split(rows, keys)
+def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> Drawn:
+    drawn = (without_energy(rows, keys), None) if account.joules is None else account.joules.drawn(rows, keys)
+    frame, draws = drawn
     if account.is_traced_longer:
         # Shares are those of the traced run, lengths fit into the weighed one.
         frame["duration_ns"] *= account.busy_s / account.traced_busy_s
-    return frame
+    return frame, draws
 
 
 def _rows(account: PhaseAccount, kernels: pd.DataFrame, neighbours: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the phase's kernels by name, its gaps by the kernels around them, and its residual, all per unit."""
-    by_name = _split(account, kernels[kernels["phase"] == account.phase], ["kind", "name"])
+    by_name, _ = _split(account, kernels[kernels["phase"] == account.phase], ["kind", "name"])
     gaps = neighbours[neighbours["phase"] == account.phase].assign(kind="gap")
-    by_gap = _gaps_at_floor(account, gaps, ["kind", "before", "after"])
+    by_gap, _ = _gaps_at_floor(account, gaps, ["kind", "before", "after"])
     by_gap["name"] = by_gap["before"].astype(str) + " → " + by_gap["after"].astype(str)
     parts = [by_name, by_gap.drop(columns=["before", "after"])]
     if account.residual_j is not None:
@@ -261,14 +277,14 @@ def _rows(account: PhaseAccount, kernels: pd.DataFrame, neighbours: pd.DataFrame
     return [part.assign(phase=account.phase, unit=account.unit) for part in parts]
 
 
-def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> Drawn:
     """Return gaps summed over *keys*: time scaled to the weighed gap time, energy at the floor."""
     if account.gap_j is None or account.floor_w is None:
-        by_gap = without_energy(rows, keys)
+        by_gap, draws = without_energy(rows, keys), None
     else:
         # An idle device draws the same power everywhere.
-        by_gap = EqualPower(account.gap_j, account.floor_w, account.gap_s.value).split(rows, keys)
+        by_gap, draws = EqualPower(account.gap_j, account.floor_w, account.gap_s.value).drawn(rows, keys)
     # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
     if by_gap["duration_ns"].sum() > 0:
         by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
-    return by_gap
+    return by_gap, draws

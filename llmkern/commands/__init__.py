@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import os
@@ -111,6 +112,8 @@ def _leave() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         _unwritable(error)
+    # What is left needs no collecting any more.
+    gc.freeze()
     sys.exit(0)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +64,24 @@ def check_wanted(folder: Path, wanted: Wanted) -> None:
         check_csv_folder(wanted.csv_folder)
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import without the garbage collector, now and later: in a hundred thousand objects of modules it finds none."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def show_report(folder: Path, wanted: Wanted) -> None:
     """Print or write the report of run *folder*; nothing is written into it."""
-    from llmkern.attribute.attribution import attribute
-    from llmkern.explain import Explanation
-    from llmkern.explain.statement import state
-    from llmkern.runfolder import RunFolder
+    with importing():
+        from llmkern.attribute.attribution import attribute
+        from llmkern.explain import Explanation
+        from llmkern.explain.statement import state
+        from llmkern.runfolder import RunFolder
 
     run = RunFolder(folder)
     check_wanted(run.path, wanted)

@@ -21,9 +21,10 @@ def command(
     before: Path, after: Path, against: str | None, top: int, as_json: bool, csv_folder: Path | None, debug: bool
 ) -> None:
     """Say where the difference per token between two runs went: which kernels, which gaps, which modules."""
-    from llmkern.attribute.attribution import attribute
-    from llmkern.explain.compare import compare
-    from llmkern.report.difference import print_difference
+    with common.importing():
+        from llmkern.attribute.attribution import attribute
+        from llmkern.explain.compare import compare
+        from llmkern.report.difference import print_difference
     from llmkern.report.document import difference_document, echo, run_facts
     from llmkern.report.records import check_csv_folder, difference_tables, write_csv
     from llmkern.runfolder import RunFolder

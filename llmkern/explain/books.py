@@ -108,7 +108,7 @@ def _replays(attribution: Attribution) -> list[Book]:
     values: dict[str, Any] = {"operators": len(marginals.replayed), "condition_number": marginals.condition}
     parts = []
     for phase, account in attribution.accounts.items():
-        steps = attribution.kernels[attribution.kernels["phase"] == phase]
+        steps = attribution.kernels_of(phase)
         own_ns = steps.loc[steps["signature"].isin(marginals.replayed), "duration_ns"].sum()
         share = float(own_ns / steps["duration_ns"].sum())
         energy, residual_j = account.weight.energy_j, account.residual_j

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.attribution import Attribution, Drawn
 from llmkern.attribute.split.account import PhaseAccount
 from llmkern.errors import UsageError
-from llmkern.estimate import Estimate
+from llmkern.estimate import DRAWS, Estimate
 from llmkern.explain.whatif import Prediction, predict
 
 NOT_DISTINGUISHABLE = "not distinguishable"
@@ -144,83 +144,88 @@ def _difference(before: Attribution, after: Attribution, phase: str, prediction:
     )
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A part of a phase in J (NaN where that is not known), s and launches, all per unit that is compared."""
+
+    joules: Estimate
+    seconds: float
+    launches: float
+
+
 def _parts(
     attribution: Attribution, phase: str, by: tuple[list[str], list[str]], caused: bool, scale: float
-) -> pd.DataFrame:
-    """Return kernels and gaps (by cause if *caused*) *by* their keys and the residual, of a unit times *scale*.
-
-    Columns: j, below_j and above_j (to the ends of its interval), s and launches.
-    """
+) -> dict[tuple[str, ...], _Row]:
+    """Return kernels and gaps (by cause if *caused*) *by* their keys and the residual, of a unit times *scale*."""
     account = attribution.accounts[phase]
     kernel_keys, gap_keys = by
-    kernels = attribution.split(phase, kernel_keys).assign(part="kernels")
+    kernels = attribution.drawn(phase, kernel_keys)
+    found = _rows("kernels", kernels, kernel_keys, scale)
     if caused:
-        gaps = attribution.split_gaps(phase, gap_keys).assign(part="gaps")
+        found |= _rows("gaps", attribution.drawn_gaps(phase, gap_keys), gap_keys, scale)
     else:
         # Without host calls all that is known of the gaps is their sum.
-        gap_j = account.gap_j
-        row = {
-            "cause": "unknown",
-            "kind": "unknown",
-            "module": "",
-            "launches": np.nan,
-            "duration_ns": account.gap_s.value * 1e9,
-        }
-        ends = (np.nan,) * 3 if gap_j is None else (gap_j.value, gap_j.low, gap_j.high)
-        gaps = pd.DataFrame([{**row, **dict(zip(("energy_j", "low_j", "high_j"), ends, strict=True)), "part": "gaps"}])
-        gaps = gaps[[*gap_keys, "launches", "duration_ns", "energy_j", "low_j", "high_j", "part"]]
-    kernels = kernels.rename(columns={"kind": "name"})
-    gaps = gaps.rename(columns={gap_keys[0]: "name"})
-    rows = pd.concat([kernels, gaps], ignore_index=True)
-    rest = {"part": "residual", "name": "residual", "module": "", "launches": np.nan, "duration_ns": 0.0}
-    residual_j = np.nan if account.residual_j is None else account.residual_j
+        key = ("gaps", "unknown", *([""] if "module" in gap_keys else []))
+        found[key] = _Row(_known(account.gap_j).scaled(scale), account.gap_s.value * scale, np.nan)
     # Kernels that overlap are longer together than the device was busy.
-    rest_ns = (account.weight.latency_s.value - account.gap_s.value) * 1e9 - float(kernels["duration_ns"].sum())
-    rest |= {"energy_j": residual_j, "low_j": residual_j, "high_j": residual_j, "duration_ns": rest_ns}
-    rows = pd.concat([rows, pd.DataFrame([rest])], ignore_index=True)
-    keys = ["part", "name", *(["module"] if "module" in kernel_keys else [])]
-    return pd.DataFrame(
-        {
-            **{key: rows[key].astype(object) for key in keys},
-            "j": rows["energy_j"].astype(float) * scale,
-            "below_j": (rows["energy_j"].astype(float) - rows["low_j"].astype(float)) * scale,
-            "above_j": (rows["high_j"].astype(float) - rows["energy_j"].astype(float)) * scale,
-            "s": rows["duration_ns"].astype(float) / 1e9 * scale,
-            "launches": rows["launches"].astype(float) * scale,
-        }
-    )
+    rest_s = account.weight.latency_s.value - account.gap_s.value - float(kernels[0]["duration_ns"].sum()) / 1e9
+    key = ("residual", "residual", *([""] if "module" in kernel_keys else []))
+    found[key] = _Row(_known(account.residual).scaled(scale), rest_s * scale, np.nan)
+    return found
 
 
-def _joined(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
-    keys = [key for key in ("part", "name", "module") if key in before]
-    sides = [frame.groupby(keys, dropna=False, sort=False).sum(min_count=1) for frame in (before, after)]
-    both = sides[0].join(sides[1], how="outer", lsuffix="_before", rsuffix="_after")
-    has_energy = not (before["j"].isna().all() or after["j"].isna().all())
-    # What one run does not have costs nothing there; what it has without an interval has none in the difference.
-    there = {side: both[f"s_{side}"].notna() for side in ("before", "after")}
-    filled = both.apply(lambda column: column.where(there[str(column.name).rpartition("_")[2]], 0.0))
-    change_j = filled["j_after"] - filled["j_before"]
-    below = np.hypot(filled["below_j_after"], filled["above_j_before"])
-    above = np.hypot(filled["above_j_after"], filled["below_j_before"])
-    frame = pd.DataFrame(
-        {
-            "before_j": filled["j_before"],
-            "after_j": filled["j_after"],
-            "change_j": change_j,
-            "low_j": change_j - below,
-            "high_j": change_j + above,
-            "before_s": filled["s_before"],
-            "after_s": filled["s_after"],
-            "change_s": filled["s_after"] - filled["s_before"],
-            "launches_before": both["launches_before"],
-            "launches_after": both["launches_after"],
-        }
-    ).reset_index()
-    frame["verdict"] = [verdict(*row) for row in zip(frame["low_j"], frame["high_j"], strict=True)]
+def _rows(part: str, drawn: Drawn, keys: list[str], scale: float) -> dict[tuple[str, ...], _Row]:
+    frame, draws = drawn
+    values = frame[["energy_j", "duration_ns", "launches"]].to_numpy(float) * scale
+    return {
+        (part, *names): _Row(
+            Estimate.of(joules, None if draws is None else draws[i] * scale), duration_ns / 1e9, launches
+        )
+        for i, (names, (joules, duration_ns, launches)) in enumerate(
+            zip(frame[keys].itertuples(index=False, name=None), values, strict=True)
+        )
+    }
+
+
+def _known(joules: Estimate | None) -> Estimate:
+    return Estimate(np.nan) if joules is None else joules
+
+
+def _joined(before: dict[tuple[str, ...], _Row], after: dict[tuple[str, ...], _Row]) -> pd.DataFrame:
+    # What one run does not have costs nothing there, with certainty.
+    nothing = _Row(Estimate(0.0, 0.0, 0.0, draws=np.zeros(DRAWS)), 0.0, np.nan)
+    rows = []
+    for key in dict.fromkeys([*before, *after]):
+        first, second = before.get(key, nothing), after.get(key, nothing)
+        changed = change(first.joules, second.joules)
+        assert changed is not None
+        rows.append(
+            {
+                **dict(zip(("part", "name", "module"), key, strict=False)),
+                "before_j": first.joules.value,
+                "after_j": second.joules.value,
+                "change_j": changed.value,
+                "low_j": np.nan if changed.low is None else changed.low,
+                "high_j": np.nan if changed.high is None else changed.high,
+                "before_s": first.seconds,
+                "after_s": second.seconds,
+                "change_s": second.seconds - first.seconds,
+                "launches_before": first.launches,
+                "launches_after": second.launches,
+                "verdict": verdict(changed.low, changed.high),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    has_energy = not any(_lacks_energy(side) for side in (before, after))
     if not has_energy:
         frame[["before_j", "after_j", "change_j", "low_j", "high_j"]] = np.nan
+        frame["verdict"] = verdict(None, None)
     largest = frame["change_j"].abs() if has_energy else frame["change_s"].abs()
     return frame.loc[largest.sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
+
+
+def _lacks_energy(rows: dict[tuple[str, ...], _Row]) -> bool:
+    return all(row.joules.value != row.joules.value for row in rows.values())
 
 
 def verdict(low: float | None, high: float | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
-from llmkern.attribute.split.kernel_joules import ENERGIES
+from llmkern.attribute.split.kernel_joules import ENERGIES, grouped
 from llmkern.attribute.time.operators import UNIDENTIFIED
 from llmkern.runfolder.facts import DeviceFacts
 from llmkern.runfolder.vocabulary import NONE
@@ -71,22 +71,24 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     if limits is None or attribution.identified is None or phase not in attribution.accounts:
         return pd.DataFrame(columns=_COLUMNS)
     account = attribution.accounts[phase]
-    rows = attribution.kernels[(attribution.kernels["phase"] == phase) & (attribution.kernels["op_index"] != NONE)]
-    ops = attribution.ops
-    index = rows["op_index"].to_numpy(int)
-    rows = rows.assign(
-        moved_bytes=ops["moved_bytes"].to_numpy(float)[index] * rows["calls"],
-        flops=ops["flops"].to_numpy(float)[index] * rows["calls"],
-    )
+    rows = attribution.kernels_of(phase)
     keys = ["op", "module", "signature"]
-    frame = attribution.split(phase, keys)
-    frame = frame[frame["op"] != UNIDENTIFIED].rename(columns={"launches": "kernels"})
-    sums = rows.groupby(keys, sort=False, observed=True)[["calls", "moved_bytes", "flops"]].sum().reset_index()
-    # Thousands of rows are sorted by number and reduced to a few before they are texts.
-    order = np.argsort(-rows["duration_ns"].to_numpy(), kind="stable")
-    longest = rows[[*keys, "kind", "dtypes"]].iloc[order].drop_duplicates(keys)
-    sums, longest = (t.astype({c: object for c in t if c in _TEXTS}).set_index(keys) for t in (sums, longest))
-    frame = frame.join(sums, on=keys).join(longest[["kind", "dtypes"]], on=keys)
+    frame = attribution.split(phase, keys).rename(columns={"launches": "kernels"})
+    _, group = grouped(rows, keys)
+    index, calls = rows["op_index"].to_numpy(int), rows["calls"].to_numpy(float)
+    calls = np.where(index == NONE, 0.0, calls)
+    frame["calls"] = np.bincount(group, calls, len(frame))
+    for column in ("moved_bytes", "flops"):
+        # An index of NONE takes any operator's, times no calls.
+        per_call = np.nan_to_num(attribution.ops[column].to_numpy(float))
+        frame[column] = np.bincount(group, per_call[index] * calls, len(frame))
+    # In each group the first of the longest, which is the last one written.
+    order = np.argsort(-rows["duration_ns"].to_numpy(), kind="stable")[::-1]
+    longest = np.empty(len(frame), np.int64)
+    longest[group[order]] = order
+    for column in ("kind", "dtypes"):
+        frame[column] = rows[column].array.take(longest).astype(object)
+    frame = frame[frame["op"] != UNIDENTIFIED]
     # What a CUDA graph of the model's own moves and computes is not known.
     frame = frame[(frame["moved_bytes"] > 0) | (frame["flops"] > 0)]
     seconds = frame["duration_ns"] / 1e9
@@ -109,7 +111,6 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     return frame.sort_values(["waste_j", "duration_ns"], ascending=False, ignore_index=True)[_COLUMNS]
 
 
-_TEXTS = ("op", "module", "signature", "kind", "dtypes")
 _COLUMNS = [
     *("op", "module", "signature", "kind", "calls", "kernels", "duration_ns", "moved_bytes", "flops", "bytes_per_s"),
     *("flops_per_s", "bound", "floor_ns", "roof_share", *ENERGIES, "floor_energy_j", "waste_j"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -60,24 +61,22 @@ def shown_tables(attribution: Attribution, top: int) -> dict[str, pd.DataFrame]:
     caused = len(attribution.gaps) > 0
     located = attribution.identified is not None
 
-    def per_phase(
-        rows: Callable[[PhaseAccount], pd.DataFrame], names: list[str], most: int | None, gaps: bool = False
-    ) -> pd.DataFrame:
-        parts = [_shown(rows(account), account, names, most, gaps) for account in accounts]
+    def per_phase(rows: Callable[[PhaseAccount], pd.DataFrame], view: _View) -> pd.DataFrame:
+        parts = [_shown(rows(account), account, view) for account in accounts]
         return (
             pd.concat(parts, ignore_index=True)
             if parts
-            else pd.DataFrame(columns=["phase", *names, "others", *_NUMBERS])
+            else pd.DataFrame(columns=["phase", *view.names, "others", *_NUMBERS])
         )
 
     def between(account: PhaseAccount) -> pd.DataFrame:
         frame = attribution.frame
         return frame.loc[(frame["phase"] == account.phase) & (frame["kind"] == "gap")]
 
-    found = {"kinds": per_phase(lambda a: attribution.split(a.phase, ["kind"]), ["kind"], None)}
+    found = {"kinds": per_phase(lambda a: attribution.split(a.phase, ["kind"]), _View(["kind"]))}
     if caused:
-        found["causes"] = per_phase(lambda a: attribution.split_gaps(a.phase, ["cause"]), ["cause"], None, gaps=True)
-    found["kernels"] = per_phase(lambda a: attribution.split(a.phase, ["name"]), ["name"], top)
+        found["causes"] = per_phase(lambda a: attribution.split_gaps(a.phase, ["cause"]), _View(["cause"], gaps=True))
+    found["kernels"] = per_phase(lambda a: attribution.split(a.phase, ["name"]), _View(["name"], top))
     for i in found["kernels"].index[found["kernels"]["others"] > 0]:
         # The interval of a sum is that of its draws, not the sum of intervals.
         own = found["kernels"][found["kernels"]["phase"] == found["kernels"].loc[i, "phase"]]
@@ -87,12 +86,14 @@ def shown_tables(attribution: Attribution, top: int) -> dict[str, pd.DataFrame]:
             found["kernels"].loc[i, ["low_j", "high_j"]] = [joule.low, joule.high]
     if caused and located:
         keys = ["cause", "op", "module"]
-        found["gaps"] = per_phase(lambda a: attribution.split_gaps(a.phase, keys), keys, -top, gaps=True)
+        found["gaps"] = per_phase(
+            lambda a: attribution.split_gaps(a.phase, keys), _View(keys, top, others=False, gaps=True)
+        )
     else:
-        found["gaps"] = per_phase(between, ["name"], top, gaps=True)
+        found["gaps"] = per_phase(between, _View(["name"], top, gaps=True))
     if located:
         keys = ["op", "module"]
-        found["operators"] = per_phase(lambda a: attribution.split(a.phase, keys), keys, -top)
+        found["operators"] = per_phase(lambda a: attribution.split(a.phase, keys), _View(keys, top, others=False))
     return found
 
 
@@ -100,15 +101,24 @@ def _other_than(rows: pd.DataFrame, names: list[str]) -> pd.Series:
     return ~rows["name"].isin(names)
 
 
-def _shown(rows: pd.DataFrame, account: PhaseAccount, names: list[str], most: int | None, gaps: bool) -> pd.DataFrame:
-    """Return the largest *most* of *rows* and the sum of the others; all for None, without the sum for less than 0."""
+@dataclass(frozen=True)
+class _View:
+    """Rows called *names*: the largest *most* of them (None: all) and, if wanted, the sum of the *others*."""
+
+    names: list[str]
+    most: int | None = None
+    others: bool = True
+    gaps: bool = False
+
+
+def _shown(rows: pd.DataFrame, account: PhaseAccount, view: _View) -> pd.DataFrame:
     by = "energy_j" if account.joules is not None else "duration_ns"
     rows = rows.sort_values(by, ascending=False, kind="stable").assign(others=0)
-    busy_s = 0.0 if gaps else float(rows["duration_ns"].sum()) / 1e9
-    if most is not None and len(rows) > abs(most):
-        rest = rows.iloc[abs(most) :]
-        rows = rows.head(abs(most))
-        if most > 0:
+    busy_s = 0.0 if view.gaps else float(rows["duration_ns"].sum()) / 1e9
+    if view.most is not None and len(rows) > view.most:
+        rest = rows.iloc[view.most :]
+        rows = rows.head(view.most)
+        if view.others:
             # Ends of intervals are added as if all erred alike: so gaps do.
             sums = rest[["launches", "duration_ns", "energy_j", "low_j", "high_j"]].sum(min_count=1).to_dict()
             rows = pd.concat([rows, pd.DataFrame([{**sums, "others": len(rest)}])], ignore_index=True)
@@ -130,6 +140,6 @@ def _shown(rows: pd.DataFrame, account: PhaseAccount, names: list[str], most: in
         if known and energy is not None
         else time_s * overlap / account.latency_s,
     }
-    named = {name: rows[name].astype(object) for name in names}
+    named = {name: rows[name].astype(object) for name in view.names}
     frame = pd.DataFrame({"phase": account.phase, **named, "others": rows["others"], **numbers})
     return frame.reset_index(drop=True)

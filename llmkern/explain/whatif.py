@@ -257,7 +257,7 @@ def _root(of: Callable[[float], float], ends: tuple[float, float], values: tuple
 
 
 def _case(attribution: Attribution, phase: str, plan: Schedule, names: pd.Index) -> _Case:
-    kernels = attribution.kernels[attribution.kernels["phase"] == phase]
+    kernels = attribution.kernels_of(phase)
     joules = attribution.accounts[phase].joules
     kernels = kernels.assign(dynamic_j=np.nan if joules is None else joules.dynamic(kernels))
     planned = labelled(attribution.ops, plan.op, pd.Categorical.from_codes(plan.name, categories=names))

@@ -131,3 +131,28 @@ def test_an_interval_that_is_not_known_is_not_printed() -> None:
     print_difference(*facts, compare(first, second), PlainConsole(file=out, width=140))
     assert "unknown" in out.getvalue()
     assert "nan" not in out.getvalue().lower()
+
+
+def test_differences_are_made_on_draws_and_those_of_the_parts_are_those_of_the_whole() -> None:
+    before, after = recorded("bf16-operators"), recorded("int8")
+    for difference in compare(before, after):
+        phase, rows = difference.phase, difference.bars.set_index(["part", "name"])
+        sums = []
+        for run in (before, after):
+            account = run.accounts[phase]
+            (_, kernels), (_, gaps) = run.drawn(phase, ["kind"]), run.drawn_gaps(phase, ["cause"])
+            assert kernels is not None
+            assert gaps is not None
+            assert account.residual is not None
+            assert account.residual.draws is not None
+            assert account.weight.energy_j is not None
+            sums.append(kernels.sum(axis=0) + gaps.sum(axis=0) + account.residual.draws)
+            assert sums[-1] == pytest.approx(account.weight.energy_j.draws)
+        # What only the second run has is as doubtful as it is there.
+        only = run.drawn(phase, ["kind"])[0].set_index("kind").loc["dequantize" if phase == "prefill" else "outlier"]
+        tokens = (difference.after_j.value if difference.after_j else 0.0) / after.accounts[phase].weight.energy_j.value  # type: ignore[union-attr]
+        row = rows.loc[("kernels", only.name)]
+        if row["before_j"] == 0.0:
+            assert [row["low_j"], row["high_j"]] == pytest.approx([only["low_j"] * tokens, only["high_j"] * tokens])
+        low, high = rows["low_j"], rows["high_j"]
+        assert ((low <= rows["change_j"]) & (rows["change_j"] <= high)).all()

@@ -48,11 +48,15 @@ class PhaseAccount:
         return None if self.joules is None else self.joules.total
 
     @property
-    def residual_j(self) -> float | None:
-        """Return what the counter says beyond kernels and gaps."""
+    def residual(self) -> Estimate | None:
+        """Return what the counter says beyond kernels and gaps, in J."""
         if self.weight.energy_j is None or self.kernel_j is None or self.gap_j is None:
             return None
-        return self.weight.energy_j.value - self.kernel_j.value - self.gap_j.value
+        return self.weight.energy_j - self.kernel_j - self.gap_j
+
+    @property
+    def residual_j(self) -> float | None:
+        return None if self.residual is None else self.residual.value
 
     @property
     def busy_share(self) -> float:

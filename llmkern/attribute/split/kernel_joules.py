@@ -24,8 +24,10 @@ class KernelJoules(Protocol):
     @property
     def total(self) -> Estimate: ...
 
-    def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        """Return *rows* (*keys*, signature, launches, duration_ns, per unit) summed over *keys*, with ENERGIES in J."""
+    def drawn(self, rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray | None]:
+        """Return *rows* (*keys*, signature, launches, duration_ns, per unit) summed over *keys*, with ENERGIES in J,
+        and the draws of energy_j [rows of that, DRAWS], None without an interval.
+        """
         ...
 
     def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
@@ -39,10 +41,10 @@ class KernelJoules(Protocol):
 
 def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
-    return _summed(rows, keys)[0]
+    return grouped(rows, keys)[0]
 
 
-def _summed(rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:
+def grouped(rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray]:
     """Return what summed does, and of each of *rows* to which row of that it belongs."""
     number = np.zeros(len(rows), np.int64)
     for key in keys:
@@ -87,19 +89,20 @@ class EqualPower:
     busy_s: float
     method: str = "equal power"
 
-    def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    def drawn(self, rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray | None]:
         frame = summed(rows, keys)
         share = frame["duration_ns"] / max(float(frame["duration_ns"].sum()), 1.0)
         energy_j = self.total.value * share
         floor_j = np.minimum(self.floor_w.value * self.busy_s * share, energy_j)
-        low, high = self.total.low, self.total.high
-        return frame.assign(
+        low, high, draws = self.total.low, self.total.high, self.total.draws
+        frame = frame.assign(
             floor_j=floor_j,
             dynamic_j=energy_j - floor_j,
             energy_j=energy_j,
             low_j=np.nan if low is None else low * share,
             high_j=np.nan if high is None else high * share,
         )
+        return frame, None if draws is None else np.outer(share, draws)
 
     def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
         share = rows["duration_ns"].to_numpy(float) / max(float(rows["duration_ns"].sum()), 1.0)
@@ -146,8 +149,8 @@ class MarginalJoules:
         assert limited.draws is not None
         return limited.value / max(free.value, 1e-12), limited.draws / np.maximum(free.draws, 1e-12)
 
-    def split(self, rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
-        frame, group = _summed(rows, keys)
+    def drawn(self, rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray | None]:
+        frame, group = grouped(rows, keys)
         column = self._columns(rows)
         seconds = np.zeros((len(frame), len(self.signatures)))
         known = column >= 0
@@ -161,13 +164,14 @@ class MarginalJoules:
         floor_j, dynamic_j, draws = floor_j * factor, dynamic_j * factor, draws * factors
         low, high = np.percentile(draws, [2.5, 97.5], axis=1) if len(frame) else (np.empty(0), np.empty(0))
         energy_j = floor_j + dynamic_j
-        return frame.assign(
+        frame = frame.assign(
             floor_j=floor_j,
             dynamic_j=dynamic_j,
             energy_j=energy_j,
             low_j=np.minimum(low, energy_j),
             high_j=np.maximum(high, energy_j),
         )
+        return frame, draws
 
     def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
         factor, _ = self._limit

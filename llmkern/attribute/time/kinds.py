@@ -100,11 +100,17 @@ RULES = (
 
 
 @cache
+def _holds(pattern: str, text: str) -> bool:
+    # Kernels are many, operators, modules and shapes few.
+    return re.search(pattern, text) is not None
+
+
+@cache
 def kind_of(op: str, module: str, shapes: str, name: str) -> str:
     """Return the kind of a kernel called *name* that *op* launched in *module* with arguments of *shapes*."""
     for rule in RULES:
         parts = ((rule.op, op), (rule.module, module), (rule.shapes, shapes), (rule.name, name))
-        if all(not pattern or re.search(pattern, text) for pattern, text in parts):
+        if all(not pattern or _holds(pattern, text) for pattern, text in parts):
             return rule.kind
     return "other"
 

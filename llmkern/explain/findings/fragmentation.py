@@ -20,7 +20,7 @@ def fragmentation(attribution: Attribution) -> list[Finding]:
     depth = layers(attribution)
     found = []
     for phase, account in attribution.accounts.items():
-        kernels = attribution.kernels[attribution.kernels["phase"] == phase]
+        kernels = attribution.kernels_of(phase)
         count, short = float(kernels["launches"].sum()), float(kernels["short"].sum())
         if not depth or count == 0 or short / count < _MOSTLY or account.busy_share > 0.9:
             continue
