@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from llmkern.attribute.attribution import attribute
-from llmkern.attribute.split.evidence import to_cache, worth_replaying
+from llmkern.attribute.split.evidence import to_cache
+from llmkern.attribute.split.kernel_classes import launched_by
+from llmkern.attribute.split.replay_plan import plan_replays, without
 from llmkern.errors import InterruptedRunError, LlmkernError, OutOfMemoryError, UsageError
 from llmkern.progress import Stages
 from llmkern.record import environment, replay_cache, signals
@@ -271,16 +273,19 @@ def timed(rig: Rig, name: str) -> Iterator[None]:
 def replay_what_matters(rig: Rig) -> None:
     """Replay the operators that hold most of the energy so far, but for those that this board has replayed before."""
     found = attribute(RunFolder(rig.writer.path), equal_power=True)
-    wanted = worth_replaying(found.kernels, list(found.accounts))
+    wanted = plan_replays(found.kernels, launched_by(found.inspected, found.ops), list(found.accounts))
     if not rig.options.no_cache:
         facts = rig.writer.facts
         known = replay_cache.load(replay_cache.cache_key(facts.device, facts.versions, facts.model))
-        known = known[known["signature"].isin(wanted)]
+        known = known[known["signature"].isin([one.signature for one in wanted])]
         columns = {name: known[name].to_list() for name in known.columns if name != "key"}
         rig.writer.append("replays", {**columns, "start_ns": None, "end_ns": None, "captured": None})
-        cached = set(known["signature"])
-        rig.writer.note(replays=replace(facts.replays or ReplayFacts(), cached=len(cached)))
-        wanted = [name for name in wanted if name not in cached]
+        whole = known["kernel"].isna()
+        cached = set(zip(known["signature"], known["kernel"].where(~whole, None), strict=True))
+        rig.writer.note(
+            replays=replace(facts.replays or ReplayFacts(), cached=int(known["signature"][whole].nunique()))
+        )
+        wanted = without(wanted, cached)
     replay(rig, wanted)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,8 @@ from llmkern.attribute.energy.memory import memory_energy
 from llmkern.attribute.energy.phases import PhaseWeight, Weighed, traced_phases, weigh_phases
 from llmkern.attribute.split.account import PhaseAccount, account_phase
 from llmkern.attribute.split.estimator import Marginals
-from llmkern.attribute.split.evidence import Evidence, by_marginals, gather
+from llmkern.attribute.split.evidence import Evidence, Work, by_marginals, gather
+from llmkern.attribute.split.kernel_classes import kernel_classes, launched_by
 from llmkern.attribute.split.kernel_joules import EqualPower, without_energy
 from llmkern.attribute.time.host_calls import HostTrace, host_of, read_host
 from llmkern.attribute.time.operators import Identified, Inspected, identify, read_inspected
@@ -230,9 +230,10 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     kernels = tally_kernels(timeline, identified, ops)
     marginals = evidence = None
     if weighed is not None and not equal_power:
-        limit_mw = device.power_limit_mw
-        limit_w = math.inf if limit_mw is None else limit_mw / 1e3
-        evidence = gather(run, weighed, accounts, kernels, ops, (sensor, counted), limit_w)
+        launched = launched_by(inspected, ops)
+        kernels["kernel_class"] = kernel_classes(kernels, launched)
+        work = Work(kernels, ops, launched, device.multiprocessors)
+        evidence = gather(run, weighed, accounts, work, (sensor, counted))
         if evidence is not None:
             marginals, joules = by_marginals(evidence, weighed, accounts)
             accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}

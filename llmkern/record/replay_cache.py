@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,8 +17,8 @@ import pyarrow.parquet as pq
 from llmkern.record.graphs import is_graph
 from llmkern.runfolder.facts import DeviceFacts, ModelFacts
 
-COLUMNS = ["key", "signature", "duty", "launches", "seconds", "dynamic_j", "floor_w"]
-_TEXTS = ("key", "signature")
+COLUMNS = ["key", "signature", "kernel", "duty", "launches", "seconds", "dynamic_j", "floor_w"]
+_TEXTS = ("key", "signature", "kernel")
 
 
 def cache_file() -> Path | None:
@@ -52,7 +53,8 @@ def _read(file: Path | None) -> pd.DataFrame:
     try:
         rows = pq.read_table(file, columns=COLUMNS, page_checksum_verification=True).to_pandas()
         numbers = rows[[c for c in COLUMNS if c not in _TEXTS]].astype(float)
-        texts = rows[list(_TEXTS)].astype(str)
+        texts = rows[list(_TEXTS)].astype(object)
+        texts["kernel"] = texts["kernel"].where(texts["kernel"].notna(), None)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError):
         # Torn, of an older layout, absent or locked away: the replays are done again and the file is written anew.
         return empty
@@ -62,7 +64,7 @@ def _read(file: Path | None) -> pd.DataFrame:
 
 
 def store(key: str, windows: pd.DataFrame, file: Path | None = None) -> None:
-    """Add *windows* (COLUMNS without key) in place of those of the same signatures; a full disk costs only time.
+    """Add *windows* (COLUMNS without key) in place of those of the same operators and kernels; a full disk costs time.
 
     A CUDA graph has a name in its own process only, and is not kept. Several runs that end at once wait for each other.
     """
@@ -73,7 +75,8 @@ def store(key: str, windows: pd.DataFrame, file: Path | None = None) -> None:
     # Without the cache the next run takes longer, and that is all.
     with suppress(OSError, pa.ArrowException), _locked(target):
         old = _read(target)
-        replaced = (old["key"] == key) & old["signature"].isin(set(windows["signature"]))
+        ours = set(_pairs(windows))
+        replaced = (old["key"] == key) & np.array([pair in ours for pair in _pairs(old)], bool)
         parts = [part for part in (old[~replaced], windows.assign(key=key)[COLUMNS]) if not part.empty]
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -82,6 +85,11 @@ def store(key: str, windows: pd.DataFrame, file: Path | None = None) -> None:
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _pairs(windows: pd.DataFrame) -> list[tuple[str, str]]:
+    """Return operator and kernel of each of *windows*."""
+    return list(zip(windows["signature"].astype(str), windows["kernel"].fillna("").astype(str), strict=True))
 
 
 @contextmanager

@@ -19,13 +19,16 @@ from llmkern.errors import RunFolderError
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import MOST_BYTES, RunFacts, decode
 from llmkern.runfolder.place import FACTS, PARTIAL, SEGMENTS
-from llmkern.runfolder.schema import DERIVED, TABLES
+from llmkern.runfolder.schema import ADDED, DERIVED, TABLES
 from llmkern.runfolder.validate import check, conform
 from llmkern.runfolder.writer import crc32_of, is_locked
 
 # Of the tables that may have ten million rows: what an analysis needs, and is kept. More is read if it is asked for.
 _NEEDED = {
-    "kernels": ["pass", "device", "start_ns", "end_ns", "stream", "correlation_id", "name"],
+    "kernels": [
+        *("pass", "device", "start_ns", "end_ns", "stream", "correlation_id", "name"),
+        *("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z"),
+    ],
     "launches": ["pass", "start_ns", "end_ns", "correlation_id", "api"],
 }
 _SEGMENT = re.compile(r"^(\w+)-(\d{6})(?:-([0-9a-f]{8}))?$")
@@ -96,6 +99,9 @@ class RunFolder:
             if key not in self._kept:
                 self._kept[key] = self._table(name, read)
         frame = self._kept[key]
+        if columns is not None:
+            # What nobody asks for is not picked out of millions of rows.
+            frame = frame[list(dict.fromkeys([*columns, *(where or ())]))]
         for column, value in (where or {}).items():
             frame = rows_with(frame, column, value)
         if where:
@@ -117,13 +123,19 @@ class RunFolder:
         try:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             there = parquet.schema_arrow.names
-            lacking = [column for column in wanted if column not in there]
+            later = [column for column in ADDED.get(name, ()) if column not in there]
+            lacking = [column for column in wanted if column not in (*there, *later)]
             if lacking:
                 raise RunFolderError(
                     f"{file} lacks the columns {', '.join(lacking)}: it was not written by llmkern; restore it, or "
                     "trace the run again."
                 )
-            table = parquet.read(columns=wanted)
+            table = parquet.read(columns=[column for column in wanted if column not in later])
+            for column in later:
+                if column in wanted:
+                    field = TABLES[name].field(column)
+                    table = table.append_column(field, pa.nulls(len(table), field.type))
+            table = table.select(wanted)
         except (pa.ArrowException, OSError, ValueError, TypeError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
             raise RunFolderError(

@@ -94,6 +94,8 @@ TABLES: dict[str, pa.Schema] = {
     "replays": pa.schema(
         [
             ("signature", _LABEL),
+            # Which of the operator's kernels ran alone; none for the whole operator.
+            ("kernel", _LABEL),
             ("start_ns", pa.int64()),
             ("end_ns", pa.int64()),
             ("launches", pa.int64()),
@@ -231,6 +233,10 @@ RULES: dict[str, Rules] = {
     ),
     "attribution": Rules(),
 }
+
+
+# Columns that older runs of this schema version lack: there they are empty.
+ADDED = {"replays": ("kernel",)}
 
 
 def to_table(name: str, columns: Mapping[str, Any]) -> pa.Table:

@@ -16,7 +16,14 @@ from llmkern.runfolder.facts import DeviceFacts, ModelFacts
 from tests.board import OPS, Board
 
 WINDOWS = pd.DataFrame(
-    {"signature": ["a", "a", "b"], "duty": [0.5, 0.9, 0.5], "launches": 10.0, "seconds": 2.0, "dynamic_j": 5.0}
+    {
+        "signature": ["a", "a", "b"],
+        "kernel": None,
+        "duty": [0.5, 0.9, 0.5],
+        "launches": 10.0,
+        "seconds": 2.0,
+        "dynamic_j": 5.0,
+    }
 ).assign(floor_w=120.0)
 
 

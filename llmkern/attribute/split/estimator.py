@@ -19,12 +19,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from llmkern.attribute.energy.floor import FloorDoubt
 from llmkern.attribute.split.nnls import nnls_many
+from llmkern.attribute.split.unknowns import Unknowns, Window, find_unknowns
 from llmkern.estimate import DRAWS, Estimate
 
 # Two ticks of the counter frame a window, each known to some ms of a few hundred W.
@@ -32,108 +32,39 @@ TICK_SIGMA_J = 0.5
 # The counter repeats itself to about this share over two seconds (on an H100 one load at eight phases of the tick gave
 # 200-214 W in single reads).
 GAIN_SIGMA = 0.005
-# The prior is a guess from bytes and FLOPs: right to a factor of two (one sigma of its logarithm).
+# The prior is a guess from length, blocks, bytes and FLOPs: right to a factor of two (one sigma of its logarithm).
 PRIOR_SIGMA = 0.7
-# Windows of one signature whose mean powers are this close are of one regime.
-SAME_REGIME = 0.1
+# The prior's weights are fitted to windows each of which it explains to about this share of itself: otherwise the
+# largest products would set the weights of everything else.
+PRIOR_FIT_SIGMA = 0.5
 # By how much of itself a launch may cost more or less from one regime to the next (one sigma).
 REGIME_SIGMA = 0.15
-# By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): a first
-# guess, until planted work (bench.attribution) says better.
-CONTEXT_SIGMA = 0.04
+# By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): each for
+# itself, and all of a phase together.
+CONTEXT_SIGMA = 0.03
+COMMON_SIGMA = 0.05
+# So long a kernel that does nothing takes.
+LAUNCH_S = 1e-6
 # Signatures whose columns are this close to parallel cannot be told apart by any window.
 PARALLEL = 0.999
 
 
 @dataclass(frozen=True)
-class Window:
-    """One stretch between two counter ticks: J, s, the idle floor in W there, and launches per signature.
-
-    *context* names the phase of the run that it saw, "" is a replay; *degrees* is by how many °C it was warmer than
-    where the floor is known best.
-    """
-
-    name: str
-    energy_j: float
-    seconds: float
-    floor_w: float
-    launches: Mapping[str, float]
-    context: str = ""
-    degrees: float = 0.0
-
-    @property
-    def mean_w(self) -> float:
-        return self.energy_j / self.seconds
-
-
-@dataclass(frozen=True)
 class Features:
-    """What the prior knows of a signature: seconds on the device, bytes moved, FLOPs, all per launch."""
+    """What the prior knows of a class: seconds on the device, bytes moved, FLOPs, all per launch.
+
+    *filled* is the share of the multiprocessors that have a block of it.
+    """
 
     seconds: float
     moved_bytes: float
     flops: float
+    filled: float = 1.0
 
-
-@dataclass(frozen=True)
-class Unknowns:
-    """What is looked for: per signature its joules at each mean power in W where it was replayed, and in each context.
-
-    A signature that was seen in replays but never alone has one unknown there, at no certain power.
-    """
-
-    names: tuple[str, ...]
-    powers_w: tuple[tuple[float, ...], ...]
-    contexts: tuple[tuple[str, ...], ...]
-
-    @cached_property
-    def owners(self) -> np.ndarray:
-        """Return for each unknown the index of its signature."""
-        return np.repeat(np.arange(len(self.names)), self._counts)
-
-    @cached_property
-    def _counts(self) -> list[int]:
-        return [len(p) + len(c) for p, c in zip(self.powers_w, self.contexts, strict=True)]
-
-    @cached_property
-    def _places(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.names)}
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return [0, *np.cumsum(self._counts).tolist()]
-
-    def first(self, index: int) -> int:
-        """Return where the unknowns of signature *index* begin."""
-        return self._firsts[index]
-
-    def weights(self, name: str, context: str, mean_w: float) -> dict[int, float]:
-        """Return which unknowns make up the joules of *name* in *context*, or in replays at *mean_w*.
-
-        Between two powers they are linear and beyond them constant. Raises ValueError for a name that ran nowhere.
-        """
-        if name not in self._places:
-            raise ValueError(f"{name} ran in no window")
-        index = self._places[name]
-        first, powers = self.first(index), self.powers_w[index]
-        if context in self.contexts[index]:
-            return {first + len(powers) + self.contexts[index].index(context): 1.0}
-        # Of a signature that was never replayed another context is the next best.
-        if len(powers) < 2 or mean_w <= powers[0]:
-            return {first: 1.0}
-        if mean_w >= powers[-1]:
-            return {first + len(powers) - 1: 1.0}
-        right = int(np.searchsorted(powers, mean_w))
-        share = (mean_w - powers[right - 1]) / (powers[right] - powers[right - 1])
-        return {first + right - 1: 1.0 - share, first + right: share}
-
-    def row(self, launches: Mapping[str, float], context: str, mean_w: float) -> np.ndarray:
-        """Return *launches* as factors of the unknowns."""
-        row = np.zeros(len(self.owners))
-        for name, count in launches.items():
-            for unknown, weight in self.weights(name, context, mean_w).items():
-                row[unknown] += count * weight
-        return row
+    @property
+    def traits(self) -> tuple[float, float, float]:
+        """What joules go with. Of a small kernel the first microsecond is its launch."""
+        return max(self.seconds - LAUNCH_S, 0.1 * self.seconds) * self.filled, self.moved_bytes, self.flops
 
 
 @dataclass(frozen=True)
@@ -143,7 +74,8 @@ class Marginals:
     ``prior`` are J per second, byte and FLOP. ``groups`` are signatures that no window tells apart: each got the
     prior's share of what they took together. ``residuals_j`` is energy minus model per window; ``condition`` that of
     the replays alone, scaled and without the prior (infinite without replays). ``floor_draws_w`` and ``slope_draws``
-    are the errors of the floor that each draw assumed, so that what is at the floor can be drawn alike.
+    are the errors of the floor that each draw assumed, so that what is at the floor can be drawn alike. ``common`` is
+    by how much of itself everything costs more in each context than in replays.
     """
 
     unknowns: Unknowns
@@ -152,21 +84,36 @@ class Marginals:
     draws_j: np.ndarray
     floor_draws_w: np.ndarray
     slope_draws: np.ndarray
+    common: Mapping[str, Estimate]
     groups: list[tuple[str, ...]]
     residuals_j: dict[str, float]
     condition: float
+
+    def launches(self, names: Sequence[str], context: str = "", mean_w: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Return the J per launch of each of *names*, and draws of them [DRAWS, names], as per_launch does."""
+        rows = np.array([self.unknowns.row({name: 1.0}, context, mean_w) for name in names])
+        rows = rows.reshape(len(names), len(self.values_j))
+        values, draws = rows @ self.values_j, self.draws_j @ rows.T
+        more = self.common.get(context)
+        lent = np.array([context not in self.unknowns.contexts_of(name) for name in names], bool)
+        if more is not None and more.draws is not None and lent.any():
+            # Too little of the phase for joules of their own there: those of the replays, with what they may be off.
+            apart = np.random.default_rng(5).normal(0.0, CONTEXT_SIGMA, draws.shape)
+            draws = np.where(lent, draws * np.maximum(1 + more.draws[:, None] + apart, 0.0), draws)
+            values = np.where(lent, values * (1 + more.value), values)
+        return values, draws
 
     def per_launch(self, name: str, context: str = "", mean_w: float = 0.0) -> Estimate:
         """Return the J per launch of *name* in *context*, or replayed at a mean power of *mean_w* W.
 
         Raises ValueError for an unknown name.
         """
-        row = self.unknowns.row({name: 1.0}, context, mean_w)
-        return Estimate.of(float(row @ self.values_j), self.draws_j @ row)
+        (value,), draws = self.launches([name], context, mean_w)
+        return Estimate.of(float(value), draws[:, 0])
 
     def guess_j(self, features: Features) -> float:
         """Return what the prior makes of a signature that ran in no window, in J per launch."""
-        return float(np.array([features.seconds, features.moved_bytes, features.flops]) @ self.prior)
+        return float(np.array(features.traits) @ self.prior)
 
     @property
     def replayed(self) -> list[str]:
@@ -197,21 +144,24 @@ def estimate_marginals(
     doubt = doubt or FloorDoubt()
     # The order of signatures and windows must not matter, not even in the last bit.
     ordered = sorted(windows, key=lambda w: w.name)
-    unknowns = _unknowns(ordered)
-    names, owners = unknowns.names, unknowns.owners
-    counts = np.array([unknowns.row(w.launches, w.context, w.mean_w) for w in ordered])
     seconds = np.array([w.seconds for w in ordered])
     dynamic_j = np.array([w.energy_j - w.floor_w * w.seconds for w in ordered])
     sigma_j = np.hypot(TICK_SIGMA_J, GAIN_SIGMA * np.array([w.energy_j for w in ordered]))
-    traits = np.array([[features[n].seconds, features[n].moved_bytes, features[n].flops] for n in names])[owners]
-    most_j = most_w * traits[:, 0]
+    every = sorted({n for w in ordered for n in w.launches})
+    prior = _prior_weights(ordered, {n: features[n].traits for n in every}, dynamic_j, sigma_j)
     # Half of what is possible leaves room on both sides.
-    prior = _prior_weights(counts, traits, dynamic_j, sigma_j)
-    guess_j = np.minimum(traits @ prior, most_j / 2)
+    most = {n: most_w * features[n].seconds for n in every}
+    guess = {n: min(float(np.array(features[n].traits) @ prior), most[n] / 2) for n in every}
+    unknowns = find_unknowns(ordered, guess)
+    names, owners = unknowns.names, unknowns.owners
+    counts = np.array([unknowns.row(w.launches, w.context, w.mean_w) for w in ordered])
+    guess_j, most_j = (np.array([of[n] for n in names])[owners] for of in (guess, most))
     width_j = np.maximum(np.minimum(math.expm1(PRIOR_SIGMA) * guess_j, (most_j - guess_j) / 2), 1e-9)
-    ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j)
+    shared = sorted({c for c in (w.context for w in ordered) if c})
+    ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j, shared)
     problem = _Problem(counts, sigma_j, width_j, ties)
-    (values,) = problem.solved(dynamic_j[None], guess_j[None], np.zeros((1, len(ties))))
+    nothing = np.zeros((1, 2 * len(shared)))
+    (values,), (more,) = problem.solved(dynamic_j[None], np.hstack([guess_j[None], nothing]), np.zeros((1, len(ties))))
     random = np.random.default_rng(seed)
     model = counts @ values
     spread = sigma_j * _excess(ordered, (dynamic_j - model) / sigma_j)
@@ -223,37 +173,15 @@ def estimate_marginals(
         drawn.append(model + random.normal(0.0, spread) - floor_j)
         # One guess is wrong by one factor wherever it is used.
         prior_j = guess_j * np.exp(random.normal(0.0, PRIOR_SIGMA, len(names)))[owners]
-        priors.append(np.minimum(prior_j, np.maximum(guess_j, most_j - width_j)))
+        common = random.normal(0.0, COMMON_SIGMA, len(shared))
+        up_and_down = np.maximum(np.stack([common, -common], axis=1), 0.0).ravel()
+        priors.append(np.append(np.minimum(prior_j, np.maximum(guess_j, most_j - width_j)), up_and_down))
         apart.append(random.normal(0.0, 1.0, len(ties)))
-    draws = problem.solved(np.array(drawn), np.array(priors), np.array(apart))
+    draws, mores = problem.solved(np.array(drawn), np.array(priors), np.array(apart))
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
-    return Marginals(unknowns, prior, values, draws, level_draws, slope_draws, groups, residuals, condition)
-
-
-def _unknowns(windows: Sequence[Window]) -> Unknowns:
-    names = sorted({s for w in windows for s in w.launches})
-    alone: dict[str, list[float]] = {n: [] for n in names}
-    mixed: set[str] = set()
-    contexts: dict[str, set[str]] = {n: set() for n in names}
-    for window in windows:
-        for name in window.launches:
-            if window.context:
-                contexts[name].add(window.context)
-            elif len(window.launches) == 1:
-                alone[name].append(window.mean_w)
-            else:
-                mixed.add(name)
-    powers: list[tuple[float, ...]] = []
-    for name in names:
-        clusters: list[list[float]] = []
-        for watts in sorted(alone[name]):
-            if clusters and watts <= clusters[-1][0] * (1 + SAME_REGIME):
-                clusters[-1].append(watts)
-            else:
-                clusters.append([watts])
-        powers.append(tuple(float(np.mean(c)) for c in clusters) or ((0.0,) if name in mixed else ()))
-    return Unknowns(tuple(names), tuple(powers), tuple(tuple(sorted(contexts[n])) for n in names))
+    in_common = {c: Estimate.of(float(more[i]), mores[:, i]) for i, c in enumerate(shared)}
+    return Marginals(unknowns, prior, values, draws, level_draws, slope_draws, in_common, groups, residuals, condition)
 
 
 def _excess(windows: Sequence[Window], scaled: np.ndarray) -> np.ndarray:
@@ -267,9 +195,19 @@ def _excess(windows: Sequence[Window], scaled: np.ndarray) -> np.ndarray:
 
 
 def _ties(
-    unknowns: Unknowns, windows: Sequence[Window], counts: np.ndarray, dynamic_j: np.ndarray, guess_j: np.ndarray
+    unknowns: Unknowns,
+    windows: Sequence[Window],
+    counts: np.ndarray,
+    dynamic_j: np.ndarray,
+    guess_j: np.ndarray,
+    shared: list[str],
 ) -> np.ndarray:
-    """Return rows, in sigmas, that hold the unknowns of one signature together: its regimes, and contexts to them."""
+    """Return rows, in sigmas, that hold the unknowns of one signature together: its regimes, and contexts to them.
+
+    To the unknowns come two for each of the contexts *shared*: by how much of itself everything costs more there, and
+    by how much less.
+    """
+    count = len(guess_j) + 2 * len(shared)
     mean_w = {c: float(np.mean([w.mean_w for w in windows if w.context == c])) for c in {w.context for w in windows}}
     rows = []
     for index, (name, powers, contexts) in enumerate(
@@ -278,21 +216,23 @@ def _ties(
         first = unknowns.first(index)
         size_j = max(_alone_j(windows, counts, dynamic_j, name), 0.1 * float(guess_j[first]), 1e-9)
         for left in range(first, first + len(powers) - 1):
-            row = np.zeros(len(guess_j))
+            row = np.zeros(count)
             row[[left, left + 1]] = np.array([1.0, -1.0]) / (REGIME_SIGMA * size_j)
             rows.append(row)
         own = range(first + len(powers), first + len(powers) + len(contexts))
         for unknown, context in zip(own, contexts, strict=True):
-            row = np.zeros(len(guess_j))
+            row = np.zeros(count)
             row[unknown] = 1.0
             if powers:
+                more = len(guess_j) + 2 * shared.index(context)
+                row[[more, more + 1]] = [-size_j, size_j]
                 for knot, weight in unknowns.weights(name, "", mean_w[context]).items():
                     row[knot] -= weight
                 rows.append(row / (CONTEXT_SIGMA * size_j))
             elif unknown > first:
                 row[first] = -1.0
                 rows.append(row / (REGIME_SIGMA * size_j))
-    return np.array(rows).reshape(-1, len(guess_j))
+    return np.array(rows).reshape(-1, count)
 
 
 def _alone_j(windows: Sequence[Window], counts: np.ndarray, dynamic_j: np.ndarray, name: str) -> float:
@@ -314,18 +254,30 @@ class _Problem:
     width_j: np.ndarray
     ties: np.ndarray
 
-    def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> np.ndarray:
-        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (how many sigmas the ties are off)."""
-        rows = np.vstack(
-            [self.counts * self.width_j / self.sigma_j[:, None], np.eye(len(self.width_j)), self.ties * self.width_j]
-        )
-        right = np.hstack([dynamic_j / self.sigma_j, prior_j / self.width_j, apart])
-        return nnls_many(rows, right) * self.width_j
+    def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (how many sigmas the ties are off).
+
+        *prior_j* and the ties also hold what is common to each context, up and down; of that the difference is the
+        second part of the solution.
+        """
+        own = self.counts.shape[1]
+        width = np.append(self.width_j, np.full(self.ties.shape[1] - own, COMMON_SIGMA))
+        counts = np.hstack([self.counts, np.zeros((len(self.counts), len(width) - own))])
+        rows = np.vstack([counts * width / self.sigma_j[:, None], np.eye(len(width)), self.ties * width])
+        right = np.hstack([dynamic_j / self.sigma_j, prior_j / width, apart])
+        found = nnls_many(rows, right) * width
+        return found[:, :own], found[:, own::2] - found[:, own + 1 :: 2]
 
 
-def _prior_weights(counts: np.ndarray, traits: np.ndarray, dynamic_j: np.ndarray, sigma_j: np.ndarray) -> np.ndarray:
-    """Return joules per second, per byte and per FLOP (each >= 0) that explain the windows best by themselves."""
-    together = counts @ traits
+def _prior_weights(
+    windows: Sequence[Window],
+    traits: Mapping[str, tuple[float, float, float]],
+    dynamic_j: np.ndarray,
+    sigma_j: np.ndarray,
+) -> np.ndarray:
+    """Return joules per filled second, byte and FLOP (each >= 0) that explain the windows best by themselves."""
+    together = np.array([np.sum([np.array(traits[n]) * k for n, k in w.launches.items()], axis=0) for w in windows])
+    sigma_j = np.hypot(sigma_j, PRIOR_FIT_SIGMA * np.abs(dynamic_j))
     scale = np.maximum(together.max(axis=0), 1e-30)
     # Bytes and FLOPs may go together, or be nowhere: a hair of each keeps the three apart.
     rows = np.vstack([together / scale / sigma_j[:, None], 1e-6 * np.eye(len(scale))])

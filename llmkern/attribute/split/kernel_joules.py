@@ -1,4 +1,4 @@
-"""Splits the energy of a phase's kernels between them: by duration, or by what each operator adds (marginal joules)."""
+"""Splits the energy of a phase's kernels between them: by duration, or by what each launch adds (marginal joules)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class KernelJoules(Protocol):
     def total(self) -> Estimate: ...
 
     def drawn(self, rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray | None]:
-        """Return *rows* (*keys*, signature, launches, duration_ns, per unit) summed over *keys*, with ENERGIES in J,
+        """Return *rows* (*keys*, kernel_class, launches, duration_ns, per unit) summed over *keys*, with ENERGIES in J,
         and the draws of energy_j [rows of that, DRAWS], None without an interval.
         """
         ...
@@ -115,27 +115,28 @@ class EqualPower:
 
 @dataclass(frozen=True)
 class MarginalJoules:
-    """Each operator has its own joules above the floor, as W while its kernels run.
+    """Each class of kernels has its own joules above the floor per launch, wherever it is launched.
 
-    *power_draws_w* are bootstrap draws of *power_w* [draws, signatures], *floor_draws_w* the floors that they assumed.
-    Kernels of one operator share its joules by duration. All together take no more than *whole*.
+    *launch_j* are those of *classes*, *launch_draws_j* draws of them [draws, classes], *floor_draws_w* the floors that
+    they assumed. *launches* is how often each runs in a unit. Rows have their class in column kernel_class. All
+    together take no more than *whole*.
     """
 
-    signatures: tuple[str, ...]
-    power_w: np.ndarray
-    power_draws_w: np.ndarray
+    classes: tuple[str, ...]
+    launch_j: np.ndarray
+    launch_draws_j: np.ndarray
     floor_w: float
     floor_draws_w: np.ndarray
     busy_s: float
-    duration_ns: np.ndarray
+    launches: np.ndarray
+    duration_s: float
     whole: Estimate | None = None
     method: str = "marginal joules"
 
     @cached_property
     def _unlimited(self) -> Estimate:
-        seconds = self.duration_ns / 1e9
-        value = self.floor_w * self.busy_s + float(self.power_w @ seconds)
-        return Estimate.of(value, self.floor_draws_w * self.busy_s + self.power_draws_w @ seconds)
+        value = self.floor_w * self.busy_s + float(self.launch_j @ self.launches)
+        return Estimate.of(value, self.floor_draws_w * self.busy_s + self.launch_draws_j @ self.launches)
 
     @property
     def total(self) -> Estimate:
@@ -152,14 +153,13 @@ class MarginalJoules:
     def drawn(self, rows: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, np.ndarray | None]:
         frame, group = grouped(rows, keys)
         column = self._columns(rows)
-        seconds = np.zeros((len(frame), len(self.signatures)))
         known = column >= 0
-        np.add.at(seconds, (group[known], column[known]), rows["duration_ns"].to_numpy(float)[known] / 1e9)
-        whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
-        floor_share = seconds.sum(axis=1) / whole_s * self.busy_s
+        launches = np.zeros((len(frame), len(self.classes)))
+        np.add.at(launches, (group[known], column[known]), rows["launches"].to_numpy(float)[known])
+        floor_share = self._at_floor(frame["duration_ns"].to_numpy(float))
         floor_j = self.floor_w * floor_share
-        dynamic_j = seconds @ self.power_w
-        draws = seconds @ self.power_draws_w.T + np.outer(floor_share, self.floor_draws_w)
+        dynamic_j = launches @ self.launch_j
+        draws = launches @ self.launch_draws_j.T + np.outer(floor_share, self.floor_draws_w)
         factor, factors = self._limit
         floor_j, dynamic_j, draws = floor_j * factor, dynamic_j * factor, draws * factors
         low, high = np.percentile(draws, [2.5, 97.5], axis=1) if len(frame) else (np.empty(0), np.empty(0))
@@ -175,22 +175,26 @@ class MarginalJoules:
 
     def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
         factor, _ = self._limit
-        watts: np.ndarray = np.append(self.power_w, 0.0)[self._columns(rows)]
-        return watts * rows["duration_ns"].to_numpy(float) / 1e9 * factor
+        joules: np.ndarray = np.append(self.launch_j, 0.0)[self._columns(rows)]
+        return joules * rows["launches"].to_numpy(float) * factor
 
     def of(self, rows: pd.DataFrame, chosen: np.ndarray) -> Estimate:
         own = rows[chosen]
-        seconds = own["duration_ns"].to_numpy(float) / 1e9
         column = self._columns(own)
-        by_signature = np.bincount(column[column >= 0], seconds[column >= 0], len(self.signatures))
-        whole_s = max(float(self.duration_ns.sum()) / 1e9, 1e-12)
-        at_floor_s = float(seconds[column >= 0].sum()) / whole_s * self.busy_s
+        known = column >= 0
+        launches = np.bincount(column[known], own["launches"].to_numpy(float)[known], len(self.classes))
+        at_floor_s = float(self._at_floor(own["duration_ns"].to_numpy(float)).sum())
         factor, factors = self._limit
-        value = (self.floor_w * at_floor_s + float(self.power_w @ by_signature)) * factor
-        return Estimate.of(value, (self.floor_draws_w * at_floor_s + self.power_draws_w @ by_signature) * factors)
+        value = (self.floor_w * at_floor_s + float(self.launch_j @ launches)) * factor
+        return Estimate.of(value, (self.floor_draws_w * at_floor_s + self.launch_draws_j @ launches) * factors)
+
+    def _at_floor(self, duration_ns: np.ndarray) -> np.ndarray:
+        """Return the seconds of floor that kernels of *duration_ns* stand for: those that overlap share it."""
+        seconds: np.ndarray = duration_ns / 1e9 / max(self.duration_s, 1e-12) * self.busy_s
+        return seconds
 
     def _columns(self, rows: pd.DataFrame) -> np.ndarray:
-        """Return which of the signatures each of *rows* has, -1 for none of them."""
-        signature = rows["signature"].astype("category").cat
-        found: np.ndarray = pd.Index(self.signatures).get_indexer(signature.categories)[signature.codes]
-        return found
+        """Return which of the classes each of *rows* has, -1 for none of them."""
+        found = rows["kernel_class"].astype("category").cat
+        index: np.ndarray = pd.Index(self.classes).get_indexer(found.categories)[found.codes]
+        return np.where(found.codes.to_numpy() < 0, -1, index)

@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.time.timeline import Timeline, read_timeline
+from llmkern.attribute.time.timeline import SHAPE_COLUMNS, Timeline, read_timeline
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.vocabulary import NONE
+from llmkern.runfolder.vocabulary import INSPECT, NONE
 
 UNIDENTIFIED = "not identified"
 
@@ -46,11 +46,15 @@ class Identified:
 
 @dataclass(frozen=True)
 class Inspected:
-    """Pass *inspect*: for each phase its steps, as names (codes of ``categories``) and the rows of ``ops`` behind."""
+    """Pass *inspect*: for each phase its steps, as names (codes of ``categories``) and the rows of ``ops`` behind.
+
+    ``kernels`` are those of all steps in the order of their launches: op (row of ``ops``), name (code), grid and block.
+    """
 
     categories: pd.Index
     steps: dict[str, list[tuple[np.ndarray, np.ndarray]]]
     ops: int
+    kernels: pd.DataFrame
 
 
 def identify(inspected: Inspected, timeline: Timeline) -> Identified:
@@ -92,15 +96,20 @@ def read_inspected(run: RunFolder, device: int) -> Inspected | None:
         return None
     starts, ends = ops["start_ns"].to_numpy(), ops["end_ns"].to_numpy()
     order = np.argsort(starts, kind="stable")
-    kernels = read_timeline(run, device, "inspect").kernels
+    kernels = read_timeline(run, device, INSPECT, columns=SHAPE_COLUMNS).kernels
     names = kernels["name"].astype("category").cat
     known: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    parts = []
     for step in _steps(kernels, names.codes.to_numpy(np.int32)):
         issued_ns = kernels["issued_ns"].to_numpy()[step.rows]
         found = np.maximum(np.searchsorted(starts[order], issued_ns, side="right") - 1, 0)
         inside = (issued_ns >= starts[order][found]) & (issued_ns <= ends[order][found])
-        known.setdefault(step.phase, []).append((step.names, np.where(inside, order[found], NONE)))
-    return Inspected(names.categories, known, len(ops))
+        op = np.where(inside, order[found], NONE)
+        known.setdefault(step.phase, []).append((step.names, op))
+        shapes = {column: kernels[column].to_numpy()[step.rows] for column in SHAPE_COLUMNS}
+        parts.append(pd.DataFrame({"op": op, "name": step.names, **shapes}))
+    every = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["op", "name", *SHAPE_COLUMNS])
+    return Inspected(names.categories, known, len(ops), every.fillna(0).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from llmkern.runfolder.reader import rows_with
 from llmkern.runfolder.vocabulary import NONE
 
 _KERNEL_COLUMNS = ["start_ns", "end_ns", "stream", "correlation_id", "name"]
+SHAPE_COLUMNS = ["grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z"]
 _LAUNCH_COLUMNS = ["start_ns", "end_ns", "correlation_id", "api"]
 # Keys that leave fewer entries than this empty for each of them are looked up in a table, others by sorting.
 _SPARSE = 8
@@ -41,10 +43,19 @@ class Timeline:
         return max(1, int(self.phases.loc[self.phases["phase"] == phase, "tokens"].sum()))
 
 
-def read_timeline(run: RunFolder, device: int, pass_name: str = "time", calls: pd.DataFrame | None = None) -> Timeline:
-    """Return the timeline of *pass_name* of *run* on *device*; *calls* are its host calls, if they are read already."""
+def read_timeline(
+    run: RunFolder,
+    device: int,
+    pass_name: str = "time",
+    calls: pd.DataFrame | None = None,
+    columns: Sequence[str] = (),
+) -> Timeline:
+    """Return the timeline of *pass_name* of *run* on *device*, with more *columns* of its kernels.
+
+    *calls* are its host calls, if they are read already.
+    """
     return build_timeline(
-        run.table("kernels", _KERNEL_COLUMNS, {"pass": pass_name, "device": device}),
+        run.table("kernels", [*_KERNEL_COLUMNS, *columns], {"pass": pass_name, "device": device}),
         read_calls(run, pass_name) if calls is None else calls,
         run.table("ranges", where={"pass": pass_name}),
         device,

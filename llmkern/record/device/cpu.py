@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmkern.errors import UsageError
+from llmkern.errors import DeviceError, UsageError
 from llmkern.record.device.interface import Columns, EnergyMeter, KernelRecorder, matmul_for
 from llmkern.record.device.rapl import RaplMeter, package_zones
 from llmkern.record.operators import computes, copied, may_copy
@@ -56,6 +56,12 @@ class CpuDevice:
 
     def captured(self, work: Callable[[], None]) -> Any:
         return None
+
+    def nodes(self, graph: Any) -> list[Any] | None:
+        return None
+
+    def alone(self, nodes: list[Any]) -> Any:
+        raise DeviceError("The CPU has no graphs.")
 
     def board_power(self) -> Callable[[], float | None] | None:
         return None

@@ -11,6 +11,7 @@ import torch
 
 from llmkern.errors import DeviceError
 from llmkern.record.device.cupti import NSYS_SESSION, CuptiRecorder
+from llmkern.record.device.graph_nodes import KernelGraph, nodes_of
 from llmkern.record.device.interface import EnergyMeter, KernelRecorder, matmul_for
 from llmkern.record.device.nvml import NvmlMeter
 from llmkern.record.device.rapl import RaplMeter, package_zones
@@ -71,7 +72,11 @@ class CudaDevice:
         """Do nothing: launches can be captured."""
 
     def captured(self, work: Callable[[], None]) -> Any:
-        graph = torch.cuda.CUDAGraph()
+        try:
+            # Kept, so that its nodes can be looked at.
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+        except TypeError:
+            graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 work()
@@ -80,6 +85,12 @@ class CudaDevice:
             torch.cuda.synchronize()
             return None
         return graph
+
+    def nodes(self, graph: Any) -> list[Any] | None:
+        return nodes_of(graph)
+
+    def alone(self, nodes: list[Any]) -> Any:
+        return KernelGraph(nodes)
 
     def board_power(self) -> Callable[[], float | None] | None:
         try:

@@ -110,6 +110,14 @@ class Device(Protocol):
         """Return a graph of what *work* launches, with replay() and reset(); None where it cannot be captured."""
         ...
 
+    def nodes(self, graph: Any) -> list[Any] | None:
+        """Return what *graph* (see captured) launches in order, with grid and block, None where that is not known."""
+        ...
+
+    def alone(self, nodes: list[Any]) -> Any:
+        """Return a graph of nothing but the kernels *nodes*, with replay() and reset(); raises DeviceError."""
+        ...
+
     def board_power(self) -> Callable[[], float | None] | None:
         """Return a function that reads the board's power in W (None: it cannot any more), None without a sensor."""
         ...

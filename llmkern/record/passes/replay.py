@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from llmkern.errors import DeviceError
 from llmkern.record.device.interface import Device
 from llmkern.record.graphs import graph_signature, is_graph, launches_seen
 from llmkern.record.operators import computes, may_copy, signature_of
@@ -24,10 +25,15 @@ from llmkern.record.passes.inspection import NEW_TOKENS
 from llmkern.record.passes.weigh import idle
 from llmkern.record.rig import Rig, Step
 from llmkern.runfolder.facts import ReplayFacts
+from llmkern.runfolder.replays import Wanted
 from llmkern.workload.engine import taken_apart
 from llmkern.workload.load import stored_tensors
 
-WINDOW_S = 2.0
+WINDOW_S = 1.5
+# A kernel alone is small, runs back to back, and is needed to a tenth.
+ALONE_S = 1.0
+# A graph of so many kernels takes the host less to launch than the device to run.
+_ALONE_NODES = 240
 # As loaded as a decode loop, and as a prefill: towards the power cap a launch costs less, on a hot die more.
 DUTIES = (0.3, 0.9)
 # So many layers' weights in turn are more than any L2 holds.
@@ -70,9 +76,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One window: *launches* operators of *signature* between its start and end."""
+    """One window: *launches* operators of *signature*, or of its *kernel* alone, between its start and end."""
 
     signature: str
+    kernel: str | None
     start_ns: int
     end_ns: int
     launches: int
@@ -127,17 +134,18 @@ class Keeper(TorchDispatchMode):
         case.calls.append(tree_unflatten(own, shape))
 
 
-def replay(rig: Rig, wanted: list[str]) -> None:
-    """Replay the operators *wanted* (signatures) into table ``replays``, and rest once more when all is warm.
+def replay(rig: Rig, wanted: list[Wanted]) -> None:
+    """Replay the operators *wanted* into table ``replays``, and rest once more when all is warm.
 
     An operator that changes what it is given is left out; the facts say how many there were.
     """
     if not wanted:
         return
-    cases, drifting = kept_cases(rig, wanted)
-    total = len(cases) * len(DUTIES)
+    plans = {one.signature: one for one in wanted}
+    cases, drifting = kept_cases(rig, list(plans))
+    total = sum(len(DUTIES) * plans[c.signature].whole + len(plans[c.signature].alone) for c in cases)
     with rig.pumped("replay") as pump, rig.stages.stage("Replaying", total) as advance:
-        for window in windows(rig, cases, advance):
+        for window in windows(rig, [(case, plans[case.signature]) for case in cases], advance):
             pump.check()
             row = {name: [value] for name, value in asdict(window).items()}
             rig.writer.append("replays", {**row, "seconds": None, "dynamic_j": None, "floor_w": None})
@@ -159,32 +167,76 @@ def kept_cases(rig: Rig, wanted: list[str]) -> tuple[list[Case], int]:
     return steady, len(cases) - len(steady)
 
 
-def windows(rig: Rig, cases: list[Case], advance: Step) -> Iterator[Replayed]:
-    """Run each of *cases* for a window at each of DUTIES, begun at a counter tick and followed by two, and yield it."""
-    for case in cases:
-        with torch.inference_mode(), burst_of(rig.device, case) as (burst, per_burst, captured):
-            for duty in DUTIES:
-                rig.wait_for_ticks(1)
-                # Clock and throttle reasons several times in a window; reading them delays no joule.
-                rig.pace(0.0)
-                launches = 0
-                with rig.annotator.range(case.signature[:80], "replay"):
-                    start_ns, start_s = time.time_ns(), time.monotonic()
-                    while time.monotonic() - start_s < WINDOW_S:
-                        begin_s = time.perf_counter()
-                        burst()
-                        rig.device.synchronize()
-                        launches += per_burst
-                        time.sleep((time.perf_counter() - begin_s) * (1 / duty - 1))
-                    end_ns = time.time_ns()
-                rig.wait_for_ticks(2)
-                yield Replayed(case.signature, start_ns, end_ns, launches, duty, captured)
+def windows(rig: Rig, cases: list[tuple[Case, Wanted]], advance: Step) -> Iterator[Replayed]:
+    """Run each of *cases* as it is wanted and yield its windows, each begun at a counter tick and followed by two."""
+    for case, wanted in cases:
+        with torch.inference_mode(), burst_of(rig.device, case) as burst:
+            for duty in DUTIES if wanted.whole else ():
+                start_ns, end_ns, bursts = _window(rig, case.signature, burst.run, WINDOW_S, duty)
+                launches = bursts * burst.launches
+                yield Replayed(case.signature, None, start_ns, end_ns, launches, duty, burst.graph is not None)
+                advance()
+            for kernel, alone, count in _taken_apart(rig.device, burst, wanted):
+                start_ns, end_ns, bursts = _window(rig, kernel, alone.replay, ALONE_S, 1.0)
+                alone.reset()
+                yield Replayed(case.signature, kernel, start_ns, end_ns, bursts * count, 1.0, True)
                 advance()
 
 
+def _window(rig: Rig, name: str, burst: Callable[[], None], seconds: float, duty: float) -> tuple[int, int, int]:
+    """Run *burst* for *seconds*, the share *duty* of the time, and return the window's start and end and how often."""
+    rig.wait_for_ticks(1)
+    # Clock and throttle reasons several times in a window; reading them delays no joule.
+    rig.pace(0.0)
+    bursts = 0
+    with rig.annotator.range(name[:80], "replay"):
+        start_ns, start_s = time.time_ns(), time.monotonic()
+        while time.monotonic() - start_s < seconds:
+            begin_s = time.perf_counter()
+            burst()
+            rig.device.synchronize()
+            bursts += 1
+            if duty < 1:
+                time.sleep((time.perf_counter() - begin_s) * (1 / duty - 1))
+        end_ns = time.time_ns()
+    rig.wait_for_ticks(2)
+    return start_ns, end_ns, bursts
+
+
+def _taken_apart(device: Device, burst: Burst, wanted: Wanted) -> Iterator[tuple[str, Any, int]]:
+    """Yield each kernel that is wanted alone, a graph of it and nothing else, and how often that launches it.
+
+    Nothing where the graph does not launch what was inspected: then no node's name is certain.
+    """
+    if burst.graph is None or not wanted.alone:
+        return
+    nodes, names = device.nodes(burst.graph), [launch.name for launch in wanted.launched]
+    shapes = [(launch.grid, launch.block) for launch in wanted.launched] * burst.launches
+    if nodes is None or len(nodes) != len(shapes):
+        return
+    if any(node.grid is not None and (node.grid, node.block) != s for node, s in zip(nodes, shapes, strict=True)):
+        return
+    for kernel in wanted.alone:
+        own = [node for i, node in enumerate(nodes) if names[i % len(names)] == kernel and node.grid is not None]
+        # All layers' weights take turns here too.
+        own *= max(1, _ALONE_NODES // max(len(own), 1))
+        # What the driver refuses stays together.
+        with suppress(DeviceError):
+            yield kernel, device.alone(own), len(own)
+
+
+@dataclass(frozen=True)
+class Burst:
+    """About 1 ms of an operator: *run* launches it *launches* times, as a *graph* unless it cannot be captured."""
+
+    run: Callable[[], None]
+    launches: int
+    graph: Any = None
+
+
 @contextmanager
-def burst_of(device: Device, case: Case) -> Iterator[tuple[Callable[[], None], int, bool]]:
-    """Yield a function that launches about 1 ms of *case*, how many launches that is, and whether it is a CUDA graph.
+def burst_of(device: Device, case: Case) -> Iterator[Burst]:
+    """Yield a burst of *case*.
 
     Operators that synchronize cannot be captured and are launched one by one; then the host's time is idle time, which
     the floor pays for.
@@ -206,7 +258,7 @@ def burst_of(device: Device, case: Case) -> Iterator[tuple[Callable[[], None], i
     # A graph cannot be captured in another.
     graph = None if is_graph(case.signature) else device.captured(eager)
     if graph is None:
-        yield eager, count, False
+        yield Burst(eager, count)
     else:
-        yield graph.replay, count, True
+        yield Burst(graph.replay, count, graph)
         graph.reset()

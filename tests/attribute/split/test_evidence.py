@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmkern.attribute.attribution import Attribution, attribute
-from llmkern.attribute.split.evidence import worth_replaying
+from llmkern.attribute.split.replay_plan import worth_replaying
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
 from tests.board import CAPPED_PREFILL, OPS, PREFILL, TOKEN, Board, Sensor

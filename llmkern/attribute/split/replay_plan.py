@@ -1,0 +1,83 @@
+"""Which operators are worth replaying, and which of their kernels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pandas as pd
+
+from llmkern.attribute.split.kernel_classes import Launched, kernel_classes
+from llmkern.attribute.time.operators import UNIDENTIFIED
+from llmkern.runfolder.replays import Wanted
+
+# A class below this share of every phase is left to the prior.
+_WORTH = 0.003
+# So many kernels alone take half a minute.
+_MOST_ALONE = 24
+
+
+def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -> list[Wanted]:
+    """Return the operators to replay, and for each class of kernels in them in which it runs alone.
+
+    *kernels* are those of one unit of each phase (see tally_kernels). The longest kernel of an operator is what the
+    others leave of the whole; a copy to the host says that an operator waits for the device and cannot be captured.
+    """
+    signatures = worth_replaying(kernels, phases)
+    rows = kernels.assign(kernel_class=kernel_classes(kernels, launched))
+    shares: dict[str, float] = {}
+    for phase in phases:
+        own = rows[rows["phase"] == phase]
+        sums = own.groupby("kernel_class", observed=True)["duration_ns"].sum() / max(
+            float(own["duration_ns"].sum()), 1.0
+        )
+        for name, share in sums.items():
+            shares[str(name)] = max(shares.get(str(name), 0.0), float(share))
+    lengths = rows.groupby(["signature", "name"], observed=True, sort=False)["duration_ns"].sum()
+    of_pair = {(s, n): c for s, n, c in rows[["signature", "name", "kernel_class"]].astype(str).itertuples(index=False)}
+    left = set(shares)
+    places: dict[str, tuple[str, str]] = {}
+    for signature in signatures:
+        names = list(dict.fromkeys(launch.name for launch in launched.get(signature, ())))
+        ours = {name: float(lengths.get((signature, name), 0.0)) for name in names}
+        if len(names) < 2 or any(name.startswith("memcpy DtoH") for name in names):
+            # One kernel is the operator.
+            left -= {of_pair[signature, name] for name in names if len(names) < 2 and (signature, name) in of_pair}
+            continue
+        for name in sorted(names, key=lambda n: -ours[n])[1:]:
+            found = of_pair.get((signature, name), "")
+            if found in left and shares[found] >= _WORTH and not name.startswith(("memcpy", "memset")):
+                left.discard(found)
+                places[found] = (signature, name)
+    chosen = sorted(places, key=lambda c: -shares[c])[:_MOST_ALONE]
+    return [
+        Wanted(s, launched.get(s, ()), alone=tuple(n for c in chosen for of, n in [places[c]] if of == s))
+        for s in signatures
+    ]
+
+
+def without(wanted: list[Wanted], cached: Collection[tuple[str, str | None]]) -> list[Wanted]:
+    """Return what is left of *wanted* when (signature, kernel) are *cached*; None is the whole operator."""
+    rest = [
+        Wanted(
+            one.signature,
+            one.launched,
+            (one.signature, None) not in cached,
+            tuple(name for name in one.alone if (one.signature, name) not in cached),
+        )
+        for one in wanted
+    ]
+    return [one for one in rest if one.whole or one.alone]
+
+
+def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.97, most: int = 12) -> list[str]:
+    """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them."""
+    longest: dict[str, float] = {}
+    for phase in phases:
+        rows = kernels[kernels["phase"] == phase].groupby("signature", observed=True)["duration_ns"].sum()
+        rows = rows.set_axis(rows.index.astype(object)).sort_index()
+        parts = rows.drop(index=UNIDENTIFIED, errors="ignore").sort_values(ascending=False, kind="stable")
+        parts = parts / max(float(rows.sum()), 1.0)
+        # One more than reaches the share.
+        for name, part in parts[parts.cumsum().shift(fill_value=0.0) < share].items():
+            longest[str(name)] = max(longest.get(str(name), 0.0), float(part))
+    return sorted(longest, key=lambda n: -longest[n])[:most]

@@ -1,0 +1,136 @@
+"""Windows in which launches are known, and which joules per launch they leave unknown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+# Windows of one signature whose mean powers are this close are of one regime.
+SAME_REGIME = 0.1
+# A class that takes less than this of a phase has no joules of its own there, but those of its replays.
+OWN_CONTEXT_SHARE = 0.02
+# A kernel that takes more than this of an operator's window sets the power at which that was.
+DOMINANT = 0.5
+
+
+@dataclass(frozen=True)
+class Window:
+    """One stretch between two counter ticks: J, s, the idle floor in W there, and launches per signature.
+
+    *context* names the phase of the run that it saw, "" is a replay; *degrees* is by how many °C it was warmer than
+    where the floor is known best.
+    """
+
+    name: str
+    energy_j: float
+    seconds: float
+    floor_w: float
+    launches: Mapping[str, float]
+    context: str = ""
+    degrees: float = 0.0
+
+    @property
+    def mean_w(self) -> float:
+        return self.energy_j / self.seconds
+
+
+@dataclass(frozen=True)
+class Unknowns:
+    """What is looked for: per signature its joules at each mean power in W where it was replayed, and in each context.
+
+    A signature that was seen in replays but never alone has one unknown there, at no certain power.
+    """
+
+    names: tuple[str, ...]
+    powers_w: tuple[tuple[float, ...], ...]
+    contexts: tuple[tuple[str, ...], ...]
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        """Return for each unknown the index of its signature."""
+        return np.repeat(np.arange(len(self.names)), self._counts)
+
+    @cached_property
+    def _counts(self) -> list[int]:
+        return [len(p) + len(c) for p, c in zip(self.powers_w, self.contexts, strict=True)]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return [0, *np.cumsum(self._counts).tolist()]
+
+    def contexts_of(self, name: str) -> tuple[str, ...]:
+        """Return the contexts in which *name* has joules of its own; raises ValueError for one that ran nowhere."""
+        if name not in self._places:
+            raise ValueError(f"{name} ran in no window")
+        return self.contexts[self._places[name]]
+
+    def first(self, index: int) -> int:
+        """Return where the unknowns of signature *index* begin."""
+        return self._firsts[index]
+
+    def weights(self, name: str, context: str, mean_w: float) -> dict[int, float]:
+        """Return which unknowns make up the joules of *name* in *context*, or in replays at *mean_w*.
+
+        Between two powers they are linear and beyond them constant. Raises ValueError for a name that ran nowhere.
+        """
+        if name not in self._places:
+            raise ValueError(f"{name} ran in no window")
+        index = self._places[name]
+        first, powers = self.first(index), self.powers_w[index]
+        if context in self.contexts[index]:
+            return {first + len(powers) + self.contexts[index].index(context): 1.0}
+        # Of a signature that was never replayed another context is the next best.
+        if len(powers) < 2 or mean_w <= powers[0]:
+            return {first: 1.0}
+        if mean_w >= powers[-1]:
+            return {first + len(powers) - 1: 1.0}
+        right = int(np.searchsorted(powers, mean_w))
+        share = (mean_w - powers[right - 1]) / (powers[right] - powers[right - 1])
+        return {first + right - 1: 1.0 - share, first + right: share}
+
+    def row(self, launches: Mapping[str, float], context: str, mean_w: float) -> np.ndarray:
+        """Return *launches* as factors of the unknowns."""
+        row = np.zeros(len(self.owners))
+        for name, count in launches.items():
+            for unknown, weight in self.weights(name, context, mean_w).items():
+                row[unknown] += count * weight
+        return row
+
+
+def find_unknowns(windows: Sequence[Window], guess: Mapping[str, float]) -> Unknowns:
+    """Return what *windows* leave unknown; *guess* is about what a launch takes."""
+    names = sorted({s for w in windows for s in w.launches})
+    alone: dict[str, list[float]] = {n: [] for n in names}
+    mixed: set[str] = set()
+    contexts: dict[str, set[str]] = {n: set() for n in names}
+    for window in windows:
+        total = max(sum(count * guess[name] for name, count in window.launches.items()), 1e-12)
+        for name, count in window.launches.items():
+            share = count * guess[name] / total
+            if window.context:
+                contexts[name].update([window.context] if share >= OWN_CONTEXT_SHARE else [])
+            elif share > DOMINANT:
+                alone[name].append(window.mean_w)
+            else:
+                mixed.add(name)
+    powers: list[tuple[float, ...]] = []
+    for name in names:
+        clusters: list[list[float]] = []
+        for watts in sorted(alone[name]):
+            if clusters and watts <= clusters[-1][0] * (1 + SAME_REGIME):
+                clusters[-1].append(watts)
+            else:
+                clusters.append([watts])
+        powers.append(tuple(float(np.mean(c)) for c in clusters) or ((0.0,) if name in mixed else ()))
+    for name, replayed in zip(names, powers, strict=True):
+        if not replayed and not contexts[name]:
+            # What was neither replayed nor is much of any phase costs the same in all.
+            contexts[name].add(min(w.context for w in windows if name in w.launches))
+    return Unknowns(tuple(names), tuple(powers), tuple(tuple(sorted(contexts[n])) for n in names))
