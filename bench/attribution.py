@@ -31,6 +31,7 @@ from bench.workload import loaded_at, published, rig_of
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.energy.counter import EnergyCurve
 from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
+from llmkern.attribute.split.kernel_joules import MarginalJoules
 from llmkern.estimate import Estimate, from_samples
 from llmkern.record.device.choose import choose_device
 from llmkern.record.options import TraceOptions
@@ -159,10 +160,13 @@ def guess(run: RunFolder, plant: Plant, work: Work, calls: int) -> Guess:
         by_account = account.floor_w.scaled(seconds)
         return Guess(by_account, by_account.value, instant_w * seconds)
     wanted = signatures_of(work)
-    assert found.marginals is not None
-    row = found.marginals.unknowns.row({n: float(k) for n, k in wanted.items()}, plant.phase, account.mean_w or 0.0)
-    by_account = Estimate.of(float(row @ found.marginals.values_j), found.marginals.draws_j @ row)
+    joules = account.joules
+    assert isinstance(joules, MarginalJoules)
     kernels = found.kernels[found.kernels["phase"] == plant.phase]
+    own = kernels[kernels["signature"].isin(list(wanted))]
+    launches = own.groupby("kernel_class", observed=True)["launches"].sum() / calls
+    counts = np.array([float(launches.get(name, 0.0)) for name in joules.classes])
+    by_account = Estimate.of(float(joules.launch_j @ counts), joules.launch_draws_j @ counts)
     own_s = float(kernels.loc[kernels["signature"].isin(list(wanted)), "duration_ns"].sum()) / 1e9
     all_s = float(kernels["duration_ns"].sum()) / 1e9
     equal = attribute(run, equal_power=True).accounts[plant.phase]

@@ -50,22 +50,27 @@ def gpu_name() -> str:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else environment.host().cpu
 
 
-def slug() -> str:
-    """Return this GPU's name as file names have it."""
-    return re.sub(r"[^a-z0-9]+", "-", gpu_name().lower()).strip("-")
+def slug(gpu: str | None = None) -> str:
+    """Return the name of *gpu*, or of this one, as file names have it."""
+    return re.sub(r"[^a-z0-9]+", "-", (gpu or gpu_name()).lower()).strip("-")
 
 
 def _command(bench: str) -> str:
     # Where the files went says nothing of what was measured.
     return re.sub(
-        r" --(results|runs|peer-python) \S+",
+        r" --(results|runs|peer-python) \S+| --of( \S+)+",
         "",
         shlex.join(["python", "-m", f"bench.{bench.partition('-')[0]}", *sys.argv[1:]]),
     )
 
 
-def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, **more: Any) -> Path:
-    """Write the result file of *bench* and return its path; *folder* defaults to bench/results."""
+def write(
+    bench: str, cases: list[dict[str, Any]], folder: Path | None = None, gpu: str | None = None, **more: Any
+) -> Path:
+    """Write the result file of *bench* and return its path; *folder* defaults to bench/results.
+
+    *gpu* is where it was recorded, if not here.
+    """
     target = folder or RESULTS
     target.mkdir(parents=True, exist_ok=True)
     document = {
@@ -74,7 +79,7 @@ def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, *
         "date": datetime.now(UTC).date().isoformat(),
         "commit": _commit(),
         "environment": {
-            "gpu": gpu_name(),
+            "gpu": gpu or gpu_name(),
             "driver": _driver(),
             **environment.versions(),
             "host_cpu": environment.host().cpu,
@@ -83,7 +88,7 @@ def write(bench: str, cases: list[dict[str, Any]], folder: Path | None = None, *
         **more,
         "cases": cases,
     }
-    path = target / f"{bench}-{slug()}.json"
+    path = target / f"{bench}-{slug(gpu)}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     return path
 

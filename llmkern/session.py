@@ -278,6 +278,7 @@ def replay_what_matters(rig: Rig) -> None:
         facts = rig.writer.facts
         known = replay_cache.load(replay_cache.cache_key(facts.device, facts.versions, facts.model))
         known = known[known["signature"].isin([one.signature for one in wanted])]
+        known = known.astype({"clock_mhz": object}).where(known.notna(), None)
         columns = {name: known[name].to_list() for name in known.columns if name != "key"}
         rig.writer.append("replays", {**columns, "start_ns": None, "end_ns": None, "captured": None})
         whole = known["kernel"].isna()

@@ -48,6 +48,13 @@ def percent(share: float, places: int = 0) -> str:
     return f"{_plain_zero(f'{share * 100:.{places}f}')}%"
 
 
+def signed(share: Estimate) -> str:
+    """Return a *share* by which something differs in percent, with its interval where it has one."""
+    if share.low is None or share.high is None:
+        return f"{share.value:+.1%}"
+    return f"{share.value:+.1%} [{share.low:+.1%}, {share.high:+.1%}]"
+
+
 def _plain_zero(text: str) -> str:
     return text.removeprefix("-") if not text.strip("-0.,") else text
 

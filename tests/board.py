@@ -5,7 +5,7 @@ The power curve is exact; what the run folder gets is what a counter and a 20 ms
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ S = 1_000_000_000
 
 
 @dataclass(frozen=True)
+class Part:
+    """One kernel of an operator of several: blocks of 128 threads, seconds on the device, J above the floor."""
+
+    name: str
+    blocks: int
+    seconds: float
+    joule: float
+
+
+@dataclass(frozen=True)
 class Op:
     """Seconds on the device, J above the floor, bytes and FLOPs of one launch."""
 
@@ -28,9 +38,33 @@ class Op:
     moved_bytes: float
     flops: float
     capped_joule: float | None = None
+    parts: tuple[Part, ...] = ()
+
+
+# What LLM.int8() makes of one product, and what each of its kernels took alone on an H100.
+INT8 = (
+    Part("select columns", 222, 6.3e-6, 1.0e-3),
+    Part("scale columns", 222, 5.1e-6, 0.13e-3),
+    Part("gemm s8", 296, 28.9e-6, 14.5e-3),
+    Part("dequant", 10, 1.9e-6, 0.028e-3),
+    Part("cast", 37, 3.2e-6, 0.027e-3),
+    Part("gemv outliers", 296, 3.1e-6, 0.12e-3),
+)
+INT8_SMALL = (
+    Part("select columns", 7, 4.7e-6, 0.022e-3),
+    Part("gemm s8", 56, 9.4e-6, 0.45e-3),
+    Part("cast", 1, 2.6e-6, 0.011e-3),
+)
+
+
+def of_parts(parts: tuple[Part, ...], moved_bytes: float, flops: float) -> Op:
+    """Return the operator of these kernels."""
+    return Op(sum(p.seconds for p in parts), sum(p.joule for p in parts), moved_bytes, flops, parts=parts)
 
 
 OPS = {
+    "int8": of_parts(INT8, 68e6, 1.4e8),
+    "int8 small": of_parts(INT8_SMALL, 2e6, 4e6),
     "gemv": Op(55e-6, 19e-3, 136e6, 1.4e8),
     "softmax": Op(40e-6, 4.5e-3, 6.7e7, 1e8),
     "cast": Op(3e-6, 0.05e-3, 2e5, 0.0),
@@ -63,6 +97,9 @@ class Board:
     first_c: float = 38.0
     last_c: float = 46.0
     replayed: tuple[str, ...] = ("gemv", "softmax", "cast")
+    # (operator, kernel): which kernels are replayed alone.
+    alone: tuple[tuple[str, str], ...] = ()
+    token: dict[str, int] = field(default_factory=lambda: TOKEN)
     prefill: dict[str, int] = field(default_factory=lambda: PREFILL)
     seed: int = 0
 
@@ -96,9 +133,16 @@ class Board:
             self.rest(gap_s)
             begin_ns = self.now_ns
             capped_joule = OPS[name].capped_joule if launches is self.prefill else None
-            self.work(OPS[name].seconds, OPS[name].joule if capped_joule is None else capped_joule)
-            if pass_ != "weigh":
-                self.kernels.append({"start_ns": begin_ns, "end_ns": self.now_ns, "name": name, "pass": pass_})
+            joule = OPS[name].joule if capped_joule is None else capped_joule
+            for part in OPS[name].parts or (Part(name, 0, OPS[name].seconds, joule),):
+                part_ns = self.now_ns
+                self.work(part.seconds, part.joule)
+                if pass_ != "weigh":
+                    grid = {f"grid_{axis}": size for axis, size in zip("xyz", (part.blocks, 1, 1), strict=True)}
+                    block = {f"block_{axis}": size for axis, size in zip("xyz", (128, 1, 1), strict=True)}
+                    shape = {**grid, **block} if part.blocks else {}
+                    row = {"start_ns": part_ns, "end_ns": self.now_ns, "name": part.name, "pass": pass_}
+                    self.kernels.append({**row, **shape})
             if pass_ == "inspect":
                 op = OPS[name]
                 self.ops.append(
@@ -124,7 +168,7 @@ class Board:
         decode_ns = self.now_ns
         for token in range(1, new_tokens):
             start_ns = self.now_ns
-            self.step(TOKEN, 0.025 * mood, pass_)
+            self.step(self.token, 0.025 * mood, pass_)
             self.mark(start_ns, "token", pass_, phase="decode", token=token, new_tokens=new_tokens, **marks)
         if new_tokens > 1:
             self.mark(decode_ns, "phase", pass_, phase="decode", new_tokens=new_tokens, **marks)
@@ -146,37 +190,43 @@ class Board:
                 self.mark(begin_ns, "window", "weigh", round=round_, new_tokens=new_tokens)
                 if new_tokens == 1 and "gemm" in self.prefill:
                     self.capped.append((begin_ns, self.now_ns))
-                self.align(2)
+                self._idle(seconds=1.0)
         self._idle()
         self.generate(6, "time", repeat=0)
         self.rest(0.1)
         self.generate(3, "inspect")
         for name in self.replayed:
             for duty in (0.5, 0.9):
-                self._replay(name, duty)
+                self._replay(name, duty, OPS[name].seconds, self._replayed_j(name, duty))
+        for name, kernel in self.alone:
+            (part,) = (p for p in OPS[name].parts if p.name == kernel)
+            self._replay(name, 1.0, part.seconds, part.joule, kernel)
         if self.replayed:
             self._idle("replay")
         self.rest(0.5)
 
-    def _idle(self, pass_: str = "weigh") -> None:
+    def _idle(self, pass_: str = "weigh", seconds: float = 2.5) -> None:
         begin_ns = self.now_ns
-        self.rest(2.5)
+        self.rest(seconds)
         self.mark(begin_ns, "idle", pass_)
 
-    def _replay(self, name: str, duty: float) -> None:
+    def _replayed_j(self, name: str, duty: float) -> float:
         op = OPS[name]
-        count = max(1, round(0.02 / op.seconds))
         # Only at high duty does the load reach the cap.
-        joule = op.capped_joule if op.capped_joule is not None and duty > 0.8 else op.joule
+        return op.capped_joule if op.capped_joule is not None and duty > 0.8 else op.joule
+
+    def _replay(self, name: str, duty: float, seconds: float, joule: float, kernel: str | None = None) -> None:
+        count = max(1, round(0.02 / seconds))
         self.align(1)
         begin_ns, launches = self.now_ns, 0
         while self.now_ns - begin_ns < 2 * S:
-            self.work(count * op.seconds, count * joule)
-            self.rest(count * op.seconds * (1 / duty - 1))
+            self.work(count * seconds, count * joule)
+            self.rest(count * seconds * (1 / duty - 1))
             launches += count
         self.replays.append(
             {
                 "signature": name,
+                "kernel": kernel,
                 "start_ns": begin_ns,
                 "end_ns": self.now_ns,
                 "launches": launches,
@@ -184,7 +234,7 @@ class Board:
                 "captured": True,
             }
         )
-        if joule != op.joule:
+        if kernel is None and joule != OPS[name].joule:
             self.capped.append((begin_ns, self.now_ns))
         self.align(2)
 
@@ -202,7 +252,8 @@ class Board:
         return result
 
     def write(self, path: Path) -> RunFolder:
-        writer = RunWriter(path, facts(Truth(new_tokens=24)))
+        known = facts(Truth(new_tokens=24))
+        writer = RunWriter(path, replace(known, device=replace(known.device, multiprocessors=132)))
         sensor = self.sensor
         ticks = np.arange(self.start_ns, self.now_ns, sensor.tick_ns)
         noise_j = self.random.normal(0.0, sensor.noise_mj / 1e3, len(ticks))

@@ -239,7 +239,16 @@ def test_a_user_without_a_home_has_no_cache_and_a_run_all_the_same(monkeypatch: 
     monkeypatch.setattr(Path, "expanduser", nobody)
     assert replay_cache.cache_file() is None
     assert replay_cache.load("board").empty
-    row = {"signature": ["a"], "duty": 0.5, "launches": 1.0, "seconds": 2.0, "dynamic_j": 1.0, "floor_w": 120.0}
+    row = {
+        "signature": ["a"],
+        "kernel": None,
+        "clock_mhz": 1980.0,
+        "duty": 0.5,
+        "launches": 1.0,
+        "seconds": 2.0,
+        "dynamic_j": 1.0,
+        "floor_w": 120.0,
+    }
     replay_cache.store("board", pd.DataFrame(row))
 
 
@@ -250,7 +259,15 @@ def test_a_cache_of_wrong_types_is_an_empty_one_and_many_writers_lose_nothing(tm
     assert replay_cache.load("x", file).empty
     pd.DataFrame({name: [-1.0] for name in replay_cache.COLUMNS}).to_parquet(file)
     assert replay_cache.load("-1.0", file).empty
-    row = {"duty": 0.5, "launches": 1.0, "seconds": 2.0, "dynamic_j": 1.0, "floor_w": 120.0}
+    row = {
+        "kernel": None,
+        "clock_mhz": 1980.0,
+        "duty": 0.5,
+        "launches": 1.0,
+        "seconds": 2.0,
+        "dynamic_j": 1.0,
+        "floor_w": 120.0,
+    }
 
     def one(number: int) -> None:
         replay_cache.store("board", pd.DataFrame({"signature": [f"op {number}"], **row}), file)

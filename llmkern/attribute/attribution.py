@@ -14,6 +14,7 @@ import pandas as pd
 from llmkern.attribute.energy.memory import memory_energy
 from llmkern.attribute.energy.phases import PhaseWeight, Weighed, traced_phases, weigh_phases
 from llmkern.attribute.split.account import PhaseAccount, account_phase
+from llmkern.attribute.split.closure import Closure, closures
 from llmkern.attribute.split.estimator import Marginals
 from llmkern.attribute.split.evidence import Evidence, Work, by_marginals, gather
 from llmkern.attribute.split.kernel_classes import kernel_classes, launched_by
@@ -84,6 +85,13 @@ class Attribution:
     def memory(self) -> dict[str, Estimate]:
         """Return the J of the device's memory per unit of each phase (see memory_energy)."""
         return {} if self.weighed is None else memory_energy(self.run, self.weighed, self.device)
+
+    @cached_property
+    def closures(self) -> dict[str, Closure]:
+        """Return what replays alone say of each phase against the counter; empty without replays."""
+        if self.evidence is None or self.weighed is None:
+            return {}
+        return closures(self.evidence, self.weighed, self.accounts)
 
     @cached_property
     def devices(self) -> int:
@@ -218,9 +226,9 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
     weights = weighed.phases if weighed is not None else {}
     if weighed is None and run.facts.imported is not None:
         weights = traced_phases(timeline)
-    floor, temperature_c = (weighed.floor, weighed.temperature_c) if weighed is not None else (None, None)
     for phase, weight in weights.items():
-        account = account_phase(weight, floor, temperature_c, timeline, device.power_limit_mw)
+        floor_w = weighed.floor_of(phase) if weighed is not None else None
+        account = account_phase(weight, floor_w, timeline, device.power_limit_mw)
         if account is not None and weighed is None:
             # Nothing else was measured that the capture could be longer than.
             account = replace(account, traced_latency_s=weight.latency_s.value)

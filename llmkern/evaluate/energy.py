@@ -105,7 +105,7 @@ class Scale:
             return None
         features = {"call": Features(us_of_call / 1e6, float(stored_bytes), 0.0)}
         mean_w = float(np.mean([w.mean_w for w in windows]))
-        dynamic = estimate_marginals(windows, features, doubt=floor.doubt).per_launch("call", mean_w=mean_w)
+        dynamic = estimate_marginals(windows, features, doubt=floor.doubt).per_launch("call", regime=mean_w)
         at_floor_j = float(np.mean([w.floor_w for w in windows])) * us_of_call / 1e6
         return Energy(
             dynamic_mj=_mj(dynamic, 0.0),

@@ -8,7 +8,7 @@ from typing import Any
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.energy.phases import Weighed
 from llmkern.attribute.energy.sensors import choose, describe
-from llmkern.text import quantity, with_interval
+from llmkern.text import quantity, signed, with_interval
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,37 @@ def _replays(attribution: Attribution) -> list[Book]:
     marginals = attribution.marginals
     if marginals is None:
         return []
-    values: dict[str, Any] = {"operators": len(marginals.replayed), "condition_number": marginals.condition}
-    parts = []
-    for phase, account in attribution.accounts.items():
-        steps = attribution.kernels_of(phase)
-        own_ns = steps.loc[steps["signature"].isin(marginals.replayed), "duration_ns"].sum()
-        share = float(own_ns / steps["duration_ns"].sum())
-        energy, residual_j = account.weight.energy_j, account.residual_j
-        if energy is not None and residual_j is not None:
-            values[phase] = {"time_share": share, "residual_share": residual_j / energy.value}
-            parts.append(f"{phase} {share:.0%} of the kernels' time, residual {residual_j / energy.value:+.1%}")
-    told = f"{len(marginals.replayed)} operators, condition number {marginals.condition:.1f}"
-    return [Book("replays", f"Replayed alone: {told}; {'; '.join(parts)}.", values)]
+    replays = attribution.run.table("replays", ["signature", "kernel"]).drop_duplicates()
+    operators, alone = int(replays["kernel"].isna().sum()), int(replays["kernel"].notna().sum())
+    values: dict[str, Any] = {"operators": operators, "kernels": alone, "condition_number": marginals.condition}
+    shares = []
+    for phase in attribution.accounts:
+        rows = attribution.kernels_of(phase)
+        own_ns = float(rows.loc[rows["kernel_class"].isin(marginals.replayed), "duration_ns"].sum())
+        share = own_ns / max(float(rows["duration_ns"].sum()), 1.0)
+        values[phase] = {"time_share": share}
+        shares.append(f"{phase} {share:.0%}")
+    told = (
+        f"Replayed: {operators} operators, and {alone} of their kernels alone; told apart are, of the kernels' time: "
+    )
+    return [Book("replays", f"{told}{', '.join(shares)}.", values), *_closure(attribution)]
+
+
+def _closure(attribution: Attribution) -> list[Book]:
+    """Return what idle floor and replays alone, which have not seen the run, say against the counter."""
+    values = {
+        phase: {
+            "error_share": closure.error.value,
+            "low": closure.error.low,
+            "high": closure.error.high,
+            "guessed_share": closure.guessed_share,
+        }
+        for phase, closure in attribution.closures.items()
+    }
+    if not values:
+        return []
+    told = ", ".join(f"{phase} {signed(closure.error)}" for phase, closure in attribution.closures.items())
+    return [Book("closure", f"Predicted from the idle floor and replays alone, against the counter: {told}.", values)]
 
 
 def _recording(attribution: Attribution) -> list[Book]:

@@ -139,8 +139,16 @@ def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
 
 
 def _closure(attribution: Attribution) -> list[str]:
-    """Say of which phase kernels and gaps do not add up to what the counter says."""
+    """Say of which phase kernels and gaps, or what replays say of them, do not add up to what the counter says."""
     found = []
+    for phase, closure in attribution.closures.items():
+        error = closure.error.value
+        if abs(error) > CLOSURE_LIMIT:
+            much = f"{abs(error):.0%} {'more' if error > 0 else 'less'}"
+            found.append(
+                f"The idle floor and replays alone predict {much} for {phase} than the counter says (limit "
+                f"{CLOSURE_LIMIT:.0%}): the split between its kernels is as doubtful."
+            )
     for account in attribution.accounts.values():
         energy, residual_j = account.weight.energy_j, account.residual_j
         if energy is None or residual_j is None or abs(residual_j) <= CLOSURE_LIMIT * energy.value:
@@ -263,8 +271,9 @@ def _groups(attribution: Attribution) -> list[str]:
         return []
     largest = max(marginals.groups, key=len)
     return [
-        f"{sum(map(len, marginals.groups))} operators that were not replayed form {len(marginals.groups)} group(s), "
-        f"the largest of {len(largest)}: the data cannot separate them; each got a share by its bytes and FLOPs."
+        f"{sum(map(len, marginals.groups))} kernels that no replay tells apart form {len(marginals.groups)} group(s), "
+        f"the largest of {len(largest)}: each got a share by its length, blocks, bytes and FLOPs, right to a factor of "
+        "two."
     ]
 
 

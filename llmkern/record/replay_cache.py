@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from llmkern.record.graphs import is_graph
 from llmkern.runfolder.facts import DeviceFacts, ModelFacts
 
-COLUMNS = ["key", "signature", "kernel", "duty", "launches", "seconds", "dynamic_j", "floor_w"]
+COLUMNS = ["key", "signature", "kernel", "duty", "launches", "seconds", "dynamic_j", "floor_w", "clock_mhz"]
 _TEXTS = ("key", "signature", "kernel")
 
 

@@ -15,7 +15,7 @@ from llmkern.estimate import Estimate
 from llmkern.explain.statement import Part, PhaseStatement, Statement
 from llmkern.report.heading import heading
 from llmkern.report.why import print_findings, print_predictions
-from llmkern.text import count, elided, gap_name, percent, quantity, short_name, with_interval
+from llmkern.text import count, elided, gap_name, percent, quantity, short_name, signed, with_interval
 
 _LEAST_NAME, _TITLES_ROOM = 10, 6
 # Two phases with their intervals fit beside one another.
@@ -106,7 +106,7 @@ def _part(part: Part | None) -> str:
 def _effect(effect: Estimate | None) -> str:
     if effect is None or effect.low is None or effect.high is None:
         return "–"
-    return f"{effect.value:+.1%} [{effect.low:+.1%}, {effect.high:+.1%}]"
+    return signed(effect)
 
 
 def _weighed_table(statement: Statement) -> Table:

@@ -20,9 +20,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An operator to replay: *whole*, and one by one those called *alone* of the kernels that a call has *launched*."""
+    """An operator to replay whole at each of *duties* (shares of the time), and its kernels called *alone* one by one.
+
+    *launched* is what a call of it launches.
+    """
 
     signature: str
     launched: tuple[Launch, ...] = ()
-    whole: bool = True
+    duties: tuple[float, ...] = (0.9,)
     alone: tuple[str, ...] = ()

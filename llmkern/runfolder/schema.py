@@ -105,6 +105,7 @@ TABLES: dict[str, pa.Schema] = {
             ("seconds", pa.float64()),
             ("dynamic_j", pa.float64()),
             ("floor_w", pa.float64()),
+            ("clock_mhz", pa.float64()),
         ]
     ),
     "power": pa.schema(
@@ -212,8 +213,16 @@ RULES: dict[str, Rules] = {
     ),
     "replays": Rules(
         needed=("signature", "launches", "duty"),
-        least={**_TIMES, "launches": 1, "duty": 0, "seconds": 1e-6, "floor_w": 0, "dynamic_j": -1e9},
-        most={**_LATEST, "launches": 2**53, "duty": 1, "seconds": 1e6, "floor_w": 1e5, "dynamic_j": 1e9},
+        least={**_TIMES, "launches": 1, "duty": 0, "seconds": 1e-6, "floor_w": 0, "dynamic_j": -1e9, "clock_mhz": 0},
+        most={
+            **_LATEST,
+            "launches": 2**53,
+            "duty": 1,
+            "seconds": 1e6,
+            "floor_w": 1e5,
+            "dynamic_j": 1e9,
+            "clock_mhz": 1e5,
+        },
         span=True,
     ),
     "power": Rules(
@@ -236,7 +245,7 @@ RULES: dict[str, Rules] = {
 
 
 # Columns that older runs of this schema version lack: there they are empty.
-ADDED = {"replays": ("kernel",)}
+ADDED = {"replays": ("kernel", "clock_mhz")}
 
 
 def to_table(name: str, columns: Mapping[str, Any]) -> pa.Table:

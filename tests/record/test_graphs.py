@@ -68,6 +68,6 @@ def test_a_graph_is_never_cached(tmp_path: Path) -> None:
         {"signature": [graph_signature(Graph()), "aten.mm"], "kernel": None, "duty": 0.3, "launches": 1.0}
     )
     file = tmp_path / "replays.parquet"
-    replay_cache.store("board", rows.assign(seconds=2.0, dynamic_j=1.0, floor_w=120.0), file)
+    replay_cache.store("board", rows.assign(seconds=2.0, dynamic_j=1.0, floor_w=120.0, clock_mhz=1980.0), file)
     assert list(replay_cache.load("board", file)["signature"]) == ["aten.mm"]
     assert not is_graph("aten.mm")

@@ -172,7 +172,7 @@ def test_operators_get_their_marginal_joules_by_replay(
         seconds = (windows["end_ns"] - windows["start_ns"]).mul(windows["duty"]).sum() / 1e9 / windows["launches"].sum()
         if "linear" in name:
             of = f"{name.partition('.default')[0]} in {name}"
-            assert 0.2 < found.per_launch(of, mean_w=100.0).value / (100 * seconds) < 1.6, name
+            assert 0.2 < found.per_launch(of, regime=100.0).value / (100 * seconds) < 1.6, name
     prefill = attribution.accounts["prefill"]
     rows = attribution.frame[attribution.frame["phase"] == "prefill"]
     assert prefill.joules is not None
@@ -187,4 +187,4 @@ def test_operators_get_their_marginal_joules_by_replay(
         per_launch = windows["dynamic_j"].sum() / windows["launches"].sum()
         if "linear" in name:
             of = f"{name.partition('.default')[0]} in {name}"
-            assert per_launch == pytest.approx(found.per_launch(of, mean_w=100.0).value, rel=0.3)
+            assert per_launch == pytest.approx(found.per_launch(of, regime=100.0).value, rel=0.3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +11,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from llmkern.record.operators import signature_of
-from llmkern.record.passes.replay import Case, Keeper
+from llmkern.record.passes.replay import Case, Keeper, _taken_apart
+from llmkern.runfolder.replays import Launch, Wanted
 
 aten: Any = torch.ops.aten
 
@@ -47,3 +50,65 @@ def test_a_keeper_keeps_what_was_given_before_it_is_changed() -> None:
     (case,) = keeper.cases.values()
     assert case.calls[0][0][0].tolist() == [1.0] * 4
     assert case.drifts()
+
+
+def test_each_layers_activations_are_kept_while_there_is_room() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(4, 4, bias=False) for _ in range(3)])
+    inputs = [torch.full((1, 4), float(i)) for i in range(3)]
+    name = signature_of(aten.linear.default, tree_leaves(((inputs[0], model[0].weight), {})))
+    for most_bytes, kept in ((0.0, [0.0, 0.0, 0.0]), (16.0, [0.0, 1.0, 0.0]), (1e6, [0.0, 1.0, 2.0])):
+        keeper = Keeper(model, {name}, most_bytes)
+        with torch.inference_mode(), keeper.keeping():
+            for x, layer in zip(inputs, model, strict=True):
+                layer(x)
+        (case,) = keeper.cases.values()
+        assert [float(args[0][0, 0]) for args, _ in case.calls] == kept
+        assert [args[1].data_ptr() for args, _ in case.calls] == [layer.weight.data_ptr() for layer in model]
+
+
+@dataclass(frozen=True)
+class Node:
+    grid: tuple[int, int, int] | None
+    block: tuple[int, int, int] | None
+    call: int
+
+
+class Graphs:
+    """A device that captures by noting which call was captured; *odd* calls launch a kernel more."""
+
+    def __init__(self, case: Case, launched: tuple[Launch, ...], odd: int) -> None:
+        self.case, self.launched, self.odd = case, launched, odd
+        self.reset: list[Any] = []
+
+    def synchronize(self) -> None: ...
+
+    def captured(self, work: Any) -> Any:
+        graph = SimpleNamespace(calls=[*work.args])
+        graph.reset = lambda: self.reset.append(graph)
+        return graph
+
+    def nodes(self, graph: Any) -> list[Node]:
+        found = []
+        for call in graph.calls:
+            more = (self.launched[0],) if call % len(self.case.calls) == self.odd else ()
+            for launch in (*more, *self.launched):
+                shape = (launch.grid, launch.block) if launch.blocks else (None, None)
+                found.append(Node(*shape, call))
+        return found
+
+    def alone(self, nodes: list[Node]) -> Any:
+        return SimpleNamespace(nodes=nodes, reset=lambda: self.reset.append(nodes))
+
+
+def test_kernels_run_alone_with_every_calls_parameters_but_of_calls_that_launch_something_else() -> None:
+    block = (128, 1, 1)
+    launched = (Launch("a", (2, 1, 1), block), Launch("memcpy", (0, 0, 0), (0, 0, 0)), Launch("b", (9, 1, 1), block))
+    case = Case("x", lambda *_: None, [((i,), {}) for i in range(3)])
+    device: Any = Graphs(case, launched, odd=1)
+    found = list(_taken_apart(device, case, Wanted("x", launched, (), ("b", "a", "not there"))))
+    assert [(kernel, count) for kernel, _, count in found] == [("b", 240), ("a", 240)]
+    for kernel, graph, _ in found:
+        assert {node.call for node in graph.nodes} == {0, 2}
+        assert {node.grid for node in graph.nodes} == {{"a": (2, 1, 1), "b": (9, 1, 1)}[kernel]}
+    # What holds the kernels' memory is given back, after the last of them.
+    assert len(device.reset) == 3

@@ -87,6 +87,6 @@ def test_cached_windows_explain_a_run_as_fresh_ones_do(tmp_path: Path) -> None:
     attribution = attribute(later)
     assert attribution.marginals is not None
     for name in ("gemv", "softmax"):
-        found = attribution.marginals.per_launch(name, mean_w=300.0)
+        found = attribution.marginals.per_launch(name, regime=300.0)
         assert found.value == pytest.approx(OPS[name].joule, rel=0.03)
     assert to_cache(later, attribution.weighed, ("nvml_total", 0)).empty

@@ -17,8 +17,11 @@ SLOPE_W_PER_C = 0.75
 SLOPE_SIGMA = 0.25
 # After the last kernel the regulators and the sensor need a moment to come to rest.
 SETTLE_S = 0.3
-# Half-second means of an idle board are not closer to a line than this, however well a few of them agree.
-LEAST_SIGMA_W = 0.2
+# Shorter a rest is no sample: two ticks of 100 ms frame it.
+SHORTEST_S = 0.35
+# By how much the mean powers of rests scatter about a line (one sigma) where a few of them cannot tell, as if so many
+# had: an H100 after work of one kind rests at other powers than after another, at the same degree.
+REST_SIGMA_W, REST_FREEDOM = 0.6, 6
 # Temperatures come in whole degrees: through fewer of them than this goes no line.
 LEAST_SPREAD_C = 3.0
 
@@ -61,7 +64,7 @@ class Floor:
 
     @property
     def doubt(self) -> FloorDoubt:
-        return FloorDoubt(self.level_sigma_w, self.slope_sigma, max(1, self.samples - 1))
+        return FloorDoubt(self.level_sigma_w, self.slope_sigma, REST_FREEDOM + self.samples - 1)
 
     def degrees(self, temperature_c: float | None) -> float:
         """Return by how many °C *temperature_c* is above the reference, 0 where either is not known."""
@@ -76,7 +79,7 @@ class Floor:
 
 
 def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFrame) -> Floor | None:
-    """Fit the floor to the ticks inside the *idle* ranges (start_ns, end_ns).
+    """Fit the floor to the ticks inside the *idle* ranges (start_ns, end_ns), each of which is one sample.
 
     *temperature* has timestamp_ns and temperature_c. None when no idle range holds two ticks.
     """
@@ -84,25 +87,24 @@ def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFr
     for start_ns, end_ns in idle[["start_ns", "end_ns"]].itertuples(index=False):
         inside = (curve.tick_ns >= start_ns + SETTLE_S * 1e9) & (curve.tick_ns <= end_ns)
         ns, joule = curve.tick_ns[inside], curve.tick_j[inside]
-        # Pairs about half a second apart: the time of one tick is known to a few ms only.
-        step = max(1, round(0.5e9 / np.median(np.diff(ns)))) if len(ns) > 1 else 1
-        for i in range(0, len(ns) - step, step):
-            watts.append((joule[i + step] - joule[i]) / ((ns[i + step] - ns[i]) / 1e9))
-            middle_ns = (ns[i] + ns[i + step]) / 2
-            degrees.append(_temperature(temperature, middle_ns))
+        # The time of one tick is known to a few ms only.
+        if len(ns) < 2 or ns[-1] - ns[0] < SHORTEST_S * 1e9:
+            continue
+        watts.append((joule[-1] - joule[0]) / ((ns[-1] - ns[0]) / 1e9))
+        degrees.append(_temperature(temperature, (ns[0] + ns[-1]) / 2))
     if not watts:
         return None
     power = np.asarray(watts)
     count = len(power)
     if any(d is None for d in degrees):
-        sigma_w = max(_spread(power), LEAST_SIGMA_W)
+        sigma_w = _scatter(power - power.mean(), 1)
         return Floor(float(power.mean()), None, sigma_w / math.sqrt(count), 0.0, 0.0, count, None, None)
     celsius = np.asarray(degrees, float)
     distance = celsius - celsius.mean()
     spread_c2 = float((distance**2).sum())
     if celsius.max() - celsius.min() < LEAST_SPREAD_C:
         spread_c2, distance = 0.0, np.zeros(count)
-    slope, sigma_w = SLOPE_W_PER_C, max(_spread(power), LEAST_SIGMA_W)
+    slope, sigma_w = SLOPE_W_PER_C, _scatter(power - power.mean(), 1)
     # The mean of what is assumed and what is measured, by their precisions; twice, because the scatter about the line
     # is known only once there is one.
     for _ in range(2):
@@ -110,7 +112,7 @@ def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFr
         along = float((distance * power).sum()) / sigma_w**2
         slope = (along + assumed * SLOPE_W_PER_C) / (assumed + measured)
         residual = power - power.mean() - slope * distance
-        sigma_w = max(math.sqrt(float((residual**2).sum()) / max(1, count - 2)), LEAST_SIGMA_W)
+        sigma_w = _scatter(residual, 2 if spread_c2 else 1)
     return Floor(
         float(power.mean()),
         float(celsius.mean()),
@@ -123,8 +125,10 @@ def measure_floor(curve: EnergyCurve, idle: pd.DataFrame, temperature: pd.DataFr
     )
 
 
-def _spread(values: np.ndarray) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+def _scatter(residual: np.ndarray, fitted: int) -> float:
+    """Return one sigma of rests in W from their *residual* about what *fitted* numbers say and what is known before."""
+    freedom = REST_FREEDOM + max(0, len(residual) - fitted)
+    return math.sqrt((REST_FREEDOM * REST_SIGMA_W**2 + float((residual**2).sum())) / freedom)
 
 
 def _temperature(readings: pd.DataFrame, time_ns: float) -> float | None:
@@ -135,10 +139,16 @@ def _temperature(readings: pd.DataFrame, time_ns: float) -> float | None:
 
 def mean_temperature(readings: pd.DataFrame, spans: pd.DataFrame) -> float | None:
     """Return the mean of the temperature *readings* inside *spans* (start_ns, end_ns), None without any."""
+    return mean_reading(readings, spans, "temperature_c")
+
+
+def mean_reading(readings: pd.DataFrame, spans: pd.DataFrame, column: str) -> float | None:
+    """Return the mean of *column* of the *readings* inside *spans* (start_ns, end_ns), None without any."""
+    readings = readings[readings[column].notna()]
     if readings.empty or spans.empty:
         return None
     times = readings["timestamp_ns"].to_numpy()
     inside = np.zeros(len(times), bool)
     for start_ns, end_ns in spans[["start_ns", "end_ns"]].itertuples(index=False):
         inside |= (times >= start_ns) & (times <= end_ns)
-    return float(readings["temperature_c"].to_numpy()[inside].mean()) if inside.any() else None
+    return float(readings[column].to_numpy(float)[inside].mean()) if inside.any() else None

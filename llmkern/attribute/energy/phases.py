@@ -9,12 +9,12 @@ import pandas as pd
 
 from llmkern.attribute.energy.by_ranges import ByRanges, energy_by_ranges
 from llmkern.attribute.energy.counter import EnergyCurve, counter_of
-from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
+from llmkern.attribute.energy.floor import Floor, mean_reading, mean_temperature, measure_floor
 from llmkern.attribute.energy.sensors import Sensor, calibrate, choose
 from llmkern.attribute.time.timeline import Timeline
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.vocabulary import PREFILL
+from llmkern.runfolder.vocabulary import DECODE, PREFILL
 from llmkern.text import with_interval
 
 
@@ -50,6 +50,10 @@ class Weighed:
     phases: dict[str, PhaseWeight]
     floor: Floor | None
     temperature_c: float | None
+    # Of the windows of each phase: a prefill heats the die by several degrees more.
+    phase_c: dict[str, float | None] = field(default_factory=dict)
+    # The mean SM clock there.
+    clock_mhz: dict[str, float | None] = field(default_factory=dict)
     counter_j: float | None = None
     windows_j: float | None = None
     idle_j: float | None = None
@@ -59,6 +63,15 @@ class Weighed:
     sensors: dict[str, Sensor] = field(default_factory=dict)
     # Phases whose latency cannot be told from nothing, with the sentence that says why.
     unknown: dict[str, str] = field(default_factory=dict)
+
+    def temperature_of(self, phase: str) -> float | None:
+        """Return the mean °C in the windows of *phase*, of all where that is not known."""
+        celsius = self.phase_c.get(phase)
+        return self.temperature_c if celsius is None else celsius
+
+    def floor_of(self, phase: str) -> Estimate | None:
+        """Return the idle floor in W at the temperature of *phase*."""
+        return None if self.floor is None else self.floor.at(self.temperature_of(phase))
 
 
 def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | None:
@@ -96,7 +109,10 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     if not phases and not unknown:
         return None
     lag_ms = by_ranges.lag_ms if by_ranges is not None else None
-    return Weighed(phases, floor, mean_c, **books, sample_lag_ms=lag_ms, sensors=sensors, unknown=unknown)
+    own = {name: windows[windows["new_tokens"] == tokens] for name, tokens in ((PREFILL, 1), (DECODE, longest))}
+    warm = {name: mean_temperature(temperature, spans) for name, spans in own.items()}
+    clocks = {name: mean_reading(temperature, spans, "sm_clock_mhz") for name, spans in own.items()}
+    return Weighed(phases, floor, mean_c, warm, clocks, **books, sample_lag_ms=lag_ms, sensors=sensors, unknown=unknown)
 
 
 def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight], dict[str, str]]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmkern.attribute.energy.floor import Floor
 from llmkern.attribute.energy.phases import PhaseWeight
 from llmkern.attribute.split.kernel_joules import EqualPower, KernelJoules
 from llmkern.attribute.time.timeline import Timeline
@@ -78,7 +77,7 @@ class PhaseAccount:
 
 
 def account_phase(
-    weight: PhaseWeight, floor: Floor | None, temperature_c: float | None, timeline: Timeline, limit_mw: int | None
+    weight: PhaseWeight, floor_w: Estimate | None, timeline: Timeline, limit_mw: int | None
 ) -> PhaseAccount | None:
     """Return the first-form account: gaps at the idle floor, the rest to the kernels, who draw equal power.
 
@@ -93,7 +92,6 @@ def account_phase(
     # A recorder may make kernels no shorter: what was busy for longer than the phase takes was another phase.
     busy_s = min(traced_s, latency.value)
     gap_s = latency.map(lambda seconds: np.maximum(0.0, seconds - busy_s))
-    floor_w = floor.at(temperature_c) if floor is not None else None
     joules = gap_j = None
     energy = weight.energy_j
     if energy is not None and floor_w is not None:

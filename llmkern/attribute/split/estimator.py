@@ -34,9 +34,8 @@ TICK_SIGMA_J = 0.5
 GAIN_SIGMA = 0.005
 # The prior is a guess from length, blocks, bytes and FLOPs: right to a factor of two (one sigma of its logarithm).
 PRIOR_SIGMA = 0.7
-# The prior's weights are fitted to windows each of which it explains to about this share of itself: otherwise the
-# largest products would set the weights of everything else.
-PRIOR_FIT_SIGMA = 0.5
+# To this factor (one sigma of its logarithm) the prior explains a window, and is a weight what it is without data.
+PRIOR_FIT_SIGMA, PRIOR_HOLD_SIGMA = 0.5, 1.5
 # By how much of itself a launch may cost more or less from one regime to the next (one sigma).
 REGIME_SIGMA = 0.15
 # By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): each for
@@ -44,7 +43,7 @@ REGIME_SIGMA = 0.15
 CONTEXT_SIGMA = 0.03
 COMMON_SIGMA = 0.05
 # So long a kernel that does nothing takes.
-LAUNCH_S = 1e-6
+LAUNCH_S = 1.5e-6
 # Signatures whose columns are this close to parallel cannot be told apart by any window.
 PARALLEL = 0.999
 
@@ -89,9 +88,9 @@ class Marginals:
     residuals_j: dict[str, float]
     condition: float
 
-    def launches(self, names: Sequence[str], context: str = "", mean_w: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def launches(self, names: Sequence[str], context: str = "", regime: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """Return the J per launch of each of *names*, and draws of them [DRAWS, names], as per_launch does."""
-        rows = np.array([self.unknowns.row({name: 1.0}, context, mean_w) for name in names])
+        rows = np.array([self.unknowns.row({name: 1.0}, context, regime) for name in names])
         rows = rows.reshape(len(names), len(self.values_j))
         values, draws = rows @ self.values_j, self.draws_j @ rows.T
         more = self.common.get(context)
@@ -103,12 +102,12 @@ class Marginals:
             values = np.where(lent, values * (1 + more.value), values)
         return values, draws
 
-    def per_launch(self, name: str, context: str = "", mean_w: float = 0.0) -> Estimate:
-        """Return the J per launch of *name* in *context*, or replayed at a mean power of *mean_w* W.
+    def per_launch(self, name: str, context: str = "", regime: float = 0.0) -> Estimate:
+        """Return the J per launch of *name* in *context*, or replayed in *regime* (see Window).
 
         Raises ValueError for an unknown name.
         """
-        (value,), draws = self.launches([name], context, mean_w)
+        (value,), draws = self.launches([name], context, regime)
         return Estimate.of(float(value), draws[:, 0])
 
     def guess_j(self, features: Features) -> float:
@@ -118,7 +117,7 @@ class Marginals:
     @property
     def replayed(self) -> list[str]:
         """Return the signatures that were replayed alone."""
-        return [n for n, p in zip(self.unknowns.names, self.unknowns.powers_w, strict=True) if p]
+        return [n for n, p in zip(self.unknowns.names, self.unknowns.regimes, strict=True) if p]
 
 
 def estimate_marginals(
@@ -147,16 +146,19 @@ def estimate_marginals(
     seconds = np.array([w.seconds for w in ordered])
     dynamic_j = np.array([w.energy_j - w.floor_w * w.seconds for w in ordered])
     sigma_j = np.hypot(TICK_SIGMA_J, GAIN_SIGMA * np.array([w.energy_j for w in ordered]))
+    sigma_j = np.hypot(sigma_j, np.array([w.apart for w in ordered]) * np.abs(dynamic_j))
     every = sorted({n for w in ordered for n in w.launches})
     prior = _prior_weights(ordered, {n: features[n].traits for n in every}, dynamic_j, sigma_j)
     # Half of what is possible leaves room on both sides.
     most = {n: most_w * features[n].seconds for n in every}
     guess = {n: min(float(np.array(features[n].traits) @ prior), most[n] / 2) for n in every}
+    # What ran alone is known better than any guess.
+    guess |= {n: joules for n in every if (joules := _alone_j(ordered, dynamic_j, n)) > 0}
     unknowns = find_unknowns(ordered, guess)
     names, owners = unknowns.names, unknowns.owners
-    counts = np.array([unknowns.row(w.launches, w.context, w.mean_w) for w in ordered])
+    counts = np.array([unknowns.row(w.launches, w.context, w.regime) for w in ordered])
     guess_j, most_j = (np.array([of[n] for n in names])[owners] for of in (guess, most))
-    width_j = np.maximum(np.minimum(math.expm1(PRIOR_SIGMA) * guess_j, (most_j - guess_j) / 2), 1e-9)
+    width_j = np.maximum(np.minimum(PRIOR_SIGMA * guess_j, np.maximum(most_j - guess_j, guess_j) / 2), 1e-9)
     shared = sorted({c for c in (w.context for w in ordered) if c})
     ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j, shared)
     problem = _Problem(counts, sigma_j, width_j, ties)
@@ -208,13 +210,13 @@ def _ties(
     by how much less.
     """
     count = len(guess_j) + 2 * len(shared)
-    mean_w = {c: float(np.mean([w.mean_w for w in windows if w.context == c])) for c in {w.context for w in windows}}
+    regimes = {c: float(np.mean([w.regime for w in windows if w.context == c])) for c in {w.context for w in windows}}
     rows = []
     for index, (name, powers, contexts) in enumerate(
-        zip(unknowns.names, unknowns.powers_w, unknowns.contexts, strict=True)
+        zip(unknowns.names, unknowns.regimes, unknowns.contexts, strict=True)
     ):
         first = unknowns.first(index)
-        size_j = max(_alone_j(windows, counts, dynamic_j, name), 0.1 * float(guess_j[first]), 1e-9)
+        size_j = max(float(guess_j[first]), 1e-9)
         for left in range(first, first + len(powers) - 1):
             row = np.zeros(count)
             row[[left, left + 1]] = np.array([1.0, -1.0]) / (REGIME_SIGMA * size_j)
@@ -226,7 +228,7 @@ def _ties(
             if powers:
                 more = len(guess_j) + 2 * shared.index(context)
                 row[[more, more + 1]] = [-size_j, size_j]
-                for knot, weight in unknowns.weights(name, "", mean_w[context]).items():
+                for knot, weight in unknowns.weights(name, "", regimes[context]).items():
                     row[knot] -= weight
                 rows.append(row / (CONTEXT_SIGMA * size_j))
             elif unknown > first:
@@ -235,10 +237,10 @@ def _ties(
     return np.array(rows).reshape(-1, count)
 
 
-def _alone_j(windows: Sequence[Window], counts: np.ndarray, dynamic_j: np.ndarray, name: str) -> float:
+def _alone_j(windows: Sequence[Window], dynamic_j: np.ndarray, name: str) -> float:
     """Return the J per launch of *name* over all windows in which it ran alone, 0 without any."""
-    own = np.array([not w.context and set(w.launches) == {name} for w in windows])
-    total = float(counts[own].sum())
+    own = [i for i, w in enumerate(windows) if not w.context and set(w.launches) == {name}]
+    total = sum(windows[i].launches[name] for i in own)
     return float(dynamic_j[own].sum()) / total if total > 0 else 0.0
 
 
@@ -275,14 +277,34 @@ def _prior_weights(
     dynamic_j: np.ndarray,
     sigma_j: np.ndarray,
 ) -> np.ndarray:
-    """Return joules per filled second, byte and FLOP (each >= 0) that explain the windows best by themselves."""
+    """Return joules per filled second, byte and FLOP that explain the windows best by themselves, by their logarithms.
+
+    A guess is as good as the factor by which it is wrong; squares of joules would let the largest products set the
+    weights of all else, squares of shares would prefer to guess too little. Each weight is held to what explains a
+    third of the median window, loosely.
+    """
     together = np.array([np.sum([np.array(traits[n]) * k for n, k in w.launches.items()], axis=0) for w in windows])
-    sigma_j = np.hypot(sigma_j, PRIOR_FIT_SIGMA * np.abs(dynamic_j))
-    scale = np.maximum(together.max(axis=0), 1e-30)
-    # Bytes and FLOPs may go together, or be nowhere: a hair of each keeps the three apart.
-    rows = np.vstack([together / scale / sigma_j[:, None], 1e-6 * np.eye(len(scale))])
-    (solution,) = nnls_many(rows, np.concatenate([dynamic_j / sigma_j, np.zeros(len(scale))])[None])
-    return solution / scale
+    seen = (dynamic_j > 3 * sigma_j) & (together[:, 0] > 0)
+    weights = np.zeros(together.shape[1])
+    if not seen.any():
+        return weights
+    together, joules = together[seen], dynamic_j[seen]
+    used = np.flatnonzero((together > 0).any(axis=0))
+    together = together[:, used]
+    with np.errstate(divide="ignore"):
+        alone = np.where(together > 0, joules[:, None] / together, np.nan)
+    begin = np.log(np.nanmedian(alone, axis=0) / len(used))
+    found = begin.copy()
+    for _ in range(50):
+        parts = together * np.exp(found)
+        model = parts.sum(axis=1)
+        slope = parts / model[:, None] / PRIOR_FIT_SIGMA
+        off = np.log(joules / model) / PRIOR_FIT_SIGMA
+        square = slope.T @ slope + np.eye(len(found)) / PRIOR_HOLD_SIGMA**2
+        step = np.linalg.solve(square, slope.T @ off - (found - begin) / PRIOR_HOLD_SIGMA**2)
+        found += np.clip(step, -1.0, 1.0)
+    weights[used] = np.exp(found)
+    return weights
 
 
 def _separable(

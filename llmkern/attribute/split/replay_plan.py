@@ -10,6 +10,9 @@ from llmkern.attribute.split.kernel_classes import Launched, kernel_classes
 from llmkern.attribute.time.operators import UNIDENTIFIED
 from llmkern.runfolder.replays import Wanted
 
+# Little loaded, at the full clock, and as much as it gets: towards the power cap the clock falls and a launch costs
+# less. That is worth two windows for operators above this share of a phase; the others have one in between.
+DUTIES, DUTY, _LARGE = (0.3, 0.9), 0.5, 0.1
 # A class below this share of every phase is left to the prior.
 _WORTH = 0.003
 # So many kernels alone take half a minute.
@@ -22,7 +25,8 @@ def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -
     *kernels* are those of one unit of each phase (see tally_kernels). The longest kernel of an operator is what the
     others leave of the whole; a copy to the host says that an operator waits for the device and cannot be captured.
     """
-    signatures = worth_replaying(kernels, phases)
+    parts = worth_replaying(kernels, phases)
+    signatures = list(parts)
     rows = kernels.assign(kernel_class=kernel_classes(kernels, launched))
     shares: dict[str, float] = {}
     for phase in phases:
@@ -50,8 +54,13 @@ def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -
                 places[found] = (signature, name)
     chosen = sorted(places, key=lambda c: -shares[c])[:_MOST_ALONE]
     return [
-        Wanted(s, launched.get(s, ()), alone=tuple(n for c in chosen for of, n in [places[c]] if of == s))
-        for s in signatures
+        Wanted(
+            signature,
+            launched.get(signature, ()),
+            DUTIES if parts[signature] >= _LARGE else (DUTY,),
+            tuple(name for found in chosen for of, name in [places[found]] if of == signature),
+        )
+        for signature in signatures
     ]
 
 
@@ -61,16 +70,19 @@ def without(wanted: list[Wanted], cached: Collection[tuple[str, str | None]]) ->
         Wanted(
             one.signature,
             one.launched,
-            (one.signature, None) not in cached,
+            () if (one.signature, None) in cached else one.duties,
             tuple(name for name in one.alone if (one.signature, name) not in cached),
         )
         for one in wanted
     ]
-    return [one for one in rest if one.whole or one.alone]
+    return [one for one in rest if one.duties or one.alone]
 
 
-def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.97, most: int = 12) -> list[str]:
-    """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them."""
+def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.985, most: int = 24) -> dict[str, float]:
+    """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them.
+
+    With each comes its largest share of a phase.
+    """
     longest: dict[str, float] = {}
     for phase in phases:
         rows = kernels[kernels["phase"] == phase].groupby("signature", observed=True)["duration_ns"].sum()
@@ -80,4 +92,4 @@ def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.9
         # One more than reaches the share.
         for name, part in parts[parts.cumsum().shift(fill_value=0.0) < share].items():
             longest[str(name)] = max(longest.get(str(name), 0.0), float(part))
-    return sorted(longest, key=lambda n: -longest[n])[:most]
+    return dict(sorted(longest.items(), key=lambda item: -item[1])[:most])

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-# Windows of one signature whose mean powers are this close are of one regime.
-SAME_REGIME = 0.1
+# Windows of one signature whose mean powers, or clocks, are this close are of one regime.
+SAME_POWER, SAME_CLOCK = 0.1, 0.03
 # A class that takes less than this of a phase has no joules of its own there, but those of its replays.
 OWN_CONTEXT_SHARE = 0.02
 # A kernel that takes more than this of an operator's window sets the power at which that was.
@@ -21,7 +21,8 @@ class Window:
     """One stretch between two counter ticks: J, s, the idle floor in W there, and launches per signature.
 
     *context* names the phase of the run that it saw, "" is a replay; *degrees* is by how many °C it was warmer than
-    where the floor is known best.
+    where the floor is known best. The sum of launches times joules may be off by the share *apart* of itself (one
+    sigma): kernels leave one another's data in the caches.
     """
 
     name: str
@@ -31,21 +32,28 @@ class Window:
     launches: Mapping[str, float]
     context: str = ""
     degrees: float = 0.0
+    apart: float = 0.0
+    clock_mhz: float | None = None
 
     @property
     def mean_w(self) -> float:
         return self.energy_j / self.seconds
 
+    @property
+    def regime(self) -> float:
+        """Return what the joules of a launch go with: the clock in MHz, or the mean power in W without one."""
+        return self.mean_w if self.clock_mhz is None else self.clock_mhz
+
 
 @dataclass(frozen=True)
 class Unknowns:
-    """What is looked for: per signature its joules at each mean power in W where it was replayed, and in each context.
+    """What is looked for: per signature its joules in each regime in which it was replayed, and in each context.
 
-    A signature that was seen in replays but never alone has one unknown there, at no certain power.
+    A signature that was seen in replays but never alone has one unknown there, in no certain regime.
     """
 
     names: tuple[str, ...]
-    powers_w: tuple[tuple[float, ...], ...]
+    regimes: tuple[tuple[float, ...], ...]
     contexts: tuple[tuple[str, ...], ...]
 
     @cached_property
@@ -55,7 +63,7 @@ class Unknowns:
 
     @cached_property
     def _counts(self) -> list[int]:
-        return [len(p) + len(c) for p, c in zip(self.powers_w, self.contexts, strict=True)]
+        return [len(p) + len(c) for p, c in zip(self.regimes, self.contexts, strict=True)]
 
     @cached_property
     def _places(self) -> dict[str, int]:
@@ -75,31 +83,31 @@ class Unknowns:
         """Return where the unknowns of signature *index* begin."""
         return self._firsts[index]
 
-    def weights(self, name: str, context: str, mean_w: float) -> dict[int, float]:
-        """Return which unknowns make up the joules of *name* in *context*, or in replays at *mean_w*.
+    def weights(self, name: str, context: str, regime: float) -> dict[int, float]:
+        """Return which unknowns make up the joules of *name* in *context*, or in replays in *regime*.
 
-        Between two powers they are linear and beyond them constant. Raises ValueError for a name that ran nowhere.
+        Between two regimes they are linear and beyond them constant. Raises ValueError for a name that ran nowhere.
         """
         if name not in self._places:
             raise ValueError(f"{name} ran in no window")
         index = self._places[name]
-        first, powers = self.first(index), self.powers_w[index]
+        first, powers = self.first(index), self.regimes[index]
         if context in self.contexts[index]:
             return {first + len(powers) + self.contexts[index].index(context): 1.0}
         # Of a signature that was never replayed another context is the next best.
-        if len(powers) < 2 or mean_w <= powers[0]:
+        if len(powers) < 2 or regime <= powers[0]:
             return {first: 1.0}
-        if mean_w >= powers[-1]:
+        if regime >= powers[-1]:
             return {first + len(powers) - 1: 1.0}
-        right = int(np.searchsorted(powers, mean_w))
-        share = (mean_w - powers[right - 1]) / (powers[right] - powers[right - 1])
+        right = int(np.searchsorted(powers, regime))
+        share = (regime - powers[right - 1]) / (powers[right] - powers[right - 1])
         return {first + right - 1: 1.0 - share, first + right: share}
 
-    def row(self, launches: Mapping[str, float], context: str, mean_w: float) -> np.ndarray:
+    def row(self, launches: Mapping[str, float], context: str, regime: float) -> np.ndarray:
         """Return *launches* as factors of the unknowns."""
         row = np.zeros(len(self.owners))
         for name, count in launches.items():
-            for unknown, weight in self.weights(name, context, mean_w).items():
+            for unknown, weight in self.weights(name, context, regime).items():
                 row[unknown] += count * weight
         return row
 
@@ -117,17 +125,18 @@ def find_unknowns(windows: Sequence[Window], guess: Mapping[str, float]) -> Unkn
             if window.context:
                 contexts[name].update([window.context] if share >= OWN_CONTEXT_SHARE else [])
             elif share > DOMINANT:
-                alone[name].append(window.mean_w)
+                alone[name].append(window.regime)
             else:
                 mixed.add(name)
+    alike = SAME_POWER if any(w.clock_mhz is None for w in windows) else SAME_CLOCK
     powers: list[tuple[float, ...]] = []
     for name in names:
         clusters: list[list[float]] = []
-        for watts in sorted(alone[name]):
-            if clusters and watts <= clusters[-1][0] * (1 + SAME_REGIME):
-                clusters[-1].append(watts)
+        for regime in sorted(alone[name]):
+            if clusters and regime <= clusters[-1][0] * (1 + alike):
+                clusters[-1].append(regime)
             else:
-                clusters.append([watts])
+                clusters.append([regime])
         powers.append(tuple(float(np.mean(c)) for c in clusters) or ((0.0,) if name in mixed else ()))
     for name, replayed in zip(names, powers, strict=True):
         if not replayed and not contexts[name]:

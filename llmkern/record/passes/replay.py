@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,15 +30,16 @@ from llmkern.runfolder.replays import Wanted
 from llmkern.workload.engine import taken_apart
 from llmkern.workload.load import stored_tensors
 
-WINDOW_S = 1.5
+WINDOW_S = 1.2
 # A kernel alone is small, runs back to back, and is needed to a tenth.
-ALONE_S = 1.0
+ALONE_S = 0.8
 # A graph of so many kernels takes the host less to launch than the device to run.
 _ALONE_NODES = 240
-# As loaded as a decode loop, and as a prefill: towards the power cap a launch costs less, on a hot die more.
-DUTIES = (0.3, 0.9)
 # So many layers' weights in turn are more than any L2 holds.
 MOST_CALLS = 32
+# The activations of a layer decide how many bits switch; those of as many layers are kept as fit in this share of the
+# free memory, and of the others the first's.
+KEPT_SHARE = 0.1
 # As finely mixed with rest as in a run, where kernels and gaps take turns within a millisecond.
 _BURST_S = 0.001
 
@@ -88,10 +90,14 @@ class Replayed:
 
 
 class Keeper(TorchDispatchMode):
-    """Keeps the arguments of every operator in *wanted*: weights as they are, activations as copies of the first."""
+    """Keeps the arguments of every operator in *wanted*: weights as they are, activations as copies.
 
-    def __init__(self, model: nn.Module, wanted: set[str]) -> None:
+    Of all activations but an operator's first no more than *most_bytes* are copied.
+    """
+
+    def __init__(self, model: nn.Module, wanted: set[str], most_bytes: float = 0.0) -> None:
         super().__init__()
+        self._left_bytes = most_bytes
         self._weights = {t.data_ptr() for t in stored_tensors(model)}
         self._wanted = wanted
         self.cases: dict[str, Case] = {}
@@ -116,6 +122,10 @@ class Keeper(TorchDispatchMode):
             # Looked up at each launch: now the method still reports to us.
             self.cases[name] = Case(name, lambda: graph.replay(), [((), {})])
 
+    @staticmethod
+    def _copy(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
     def _is_weight(self, leaf: Any) -> bool:
         return isinstance(leaf, torch.Tensor) and leaf.data_ptr() in self._weights
 
@@ -125,10 +135,16 @@ class Keeper(TorchDispatchMode):
         if case is None:
             case = self.cases[signature] = Case(signature, func)
             # Before it runs: an operator that works in place would have changed them.
-            own = [x.clone() if isinstance(x, torch.Tensor) and not self._is_weight(x) else x for x in leaves]
+            own = [x if self._is_weight(x) else self._copy(x) for x in leaves]
         elif len(case.calls) < MOST_CALLS and any(map(self._is_weight, leaves)):
             first, _ = tree_flatten(case.calls[0])
-            own = [x if self._is_weight(x) else kept for x, kept in zip(leaves, first, strict=True)]
+            needed = sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor) and not self._is_weight(x))
+            fits = needed <= self._left_bytes
+            self._left_bytes -= needed if fits else 0
+            own = [
+                x if self._is_weight(x) else self._copy(x) if fits else kept
+                for x, kept in zip(leaves, first, strict=True)
+            ]
         else:
             return
         case.calls.append(tree_unflatten(own, shape))
@@ -143,12 +159,14 @@ def replay(rig: Rig, wanted: list[Wanted]) -> None:
         return
     plans = {one.signature: one for one in wanted}
     cases, drifting = kept_cases(rig, list(plans))
-    total = sum(len(DUTIES) * plans[c.signature].whole + len(plans[c.signature].alone) for c in cases)
+    total = sum(len(plans[case.signature].duties) + len(plans[case.signature].alone) for case in cases)
     with rig.pumped("replay") as pump, rig.stages.stage("Replaying", total) as advance:
         for window in windows(rig, [(case, plans[case.signature]) for case in cases], advance):
             pump.check()
             row = {name: [value] for name, value in asdict(window).items()}
-            rig.writer.append("replays", {**row, "seconds": None, "dynamic_j": None, "floor_w": None})
+            rig.writer.append(
+                "replays", {**row, "seconds": None, "dynamic_j": None, "floor_w": None, "clock_mhz": None}
+            )
         # Warmer than before: this is where the floor's slope over temperature comes from.
         idle(rig)
     known = rig.writer.facts.replays or ReplayFacts()
@@ -157,7 +175,8 @@ def replay(rig: Rig, wanted: list[Wanted]) -> None:
 
 def kept_cases(rig: Rig, wanted: list[str]) -> tuple[list[Case], int]:
     """Return the cases of *wanted* that one more generation calls, and how many of them drift and are left out."""
-    keeper = Keeper(rig.model, set(wanted))
+    free_bytes, _ = rig.device.free_bytes()
+    keeper = Keeper(rig.model, set(wanted), KEPT_SHARE * free_bytes)
     with taken_apart(rig.model), keeper.keeping():
         rig.generation(NEW_TOKENS)
     rig.annotator.drain()
@@ -171,12 +190,13 @@ def windows(rig: Rig, cases: list[tuple[Case, Wanted]], advance: Step) -> Iterat
     """Run each of *cases* as it is wanted and yield its windows, each begun at a counter tick and followed by two."""
     for case, wanted in cases:
         with torch.inference_mode(), burst_of(rig.device, case) as burst:
-            for duty in DUTIES if wanted.whole else ():
+            for duty in wanted.duties:
                 start_ns, end_ns, bursts = _window(rig, case.signature, burst.run, WINDOW_S, duty)
                 launches = bursts * burst.launches
                 yield Replayed(case.signature, None, start_ns, end_ns, launches, duty, burst.graph is not None)
                 advance()
-            for kernel, alone, count in _taken_apart(rig.device, burst, wanted):
+            apart = _taken_apart(rig.device, case, wanted) if burst.graph is not None and wanted.alone else ()
+            for kernel, alone, count in apart:
                 start_ns, end_ns, bursts = _window(rig, kernel, alone.replay, ALONE_S, 1.0)
                 alone.reset()
                 yield Replayed(case.signature, kernel, start_ns, end_ns, bursts * count, 1.0, True)
@@ -203,26 +223,33 @@ def _window(rig: Rig, name: str, burst: Callable[[], None], seconds: float, duty
     return start_ns, end_ns, bursts
 
 
-def _taken_apart(device: Device, burst: Burst, wanted: Wanted) -> Iterator[tuple[str, Any, int]]:
+def _taken_apart(device: Device, case: Case, wanted: Wanted) -> Iterator[tuple[str, Any, int]]:
     """Yield each kernel that is wanted alone, a graph of it and nothing else, and how often that launches it.
 
-    Nothing where the graph does not launch what was inspected: then no node's name is certain.
+    Of a call that does not launch what was inspected (another layer has more outliers, say) nothing is taken: no node's
+    name would be certain.
     """
-    if burst.graph is None or not wanted.alone:
-        return
-    nodes, names = device.nodes(burst.graph), [launch.name for launch in wanted.launched]
-    shapes = [(launch.grid, launch.block) for launch in wanted.launched] * burst.launches
-    if nodes is None or len(nodes) != len(shapes):
-        return
-    if any(node.grid is not None and (node.grid, node.block) != s for node, s in zip(nodes, shapes, strict=True)):
-        return
-    for kernel in wanted.alone:
-        own = [node for i, node in enumerate(nodes) if names[i % len(names)] == kernel and node.grid is not None]
-        # All layers' weights take turns here too.
-        own *= max(1, _ALONE_NODES // max(len(own), 1))
-        # What the driver refuses stays together.
-        with suppress(DeviceError):
-            yield kernel, device.alone(own), len(own)
+    # They hold the memory that the kernels read and write.
+    graphs = [device.captured(partial(case.run, index)) for index in range(len(case.calls))]
+    shapes = [(launch.grid, launch.block) if launch.blocks else None for launch in wanted.launched]
+    found: dict[str, list[Any]] = {name: [] for name in wanted.alone}
+    for graph in graphs:
+        nodes = device.nodes(graph) if graph is not None else None
+        if nodes is None or [node.block for node in nodes] != [shape and shape[1] for shape in shapes]:
+            continue
+        for node, launch, shape in zip(nodes, wanted.launched, shapes, strict=True):
+            if launch.name in found and (node.grid, node.block) == shape:
+                found[launch.name].append(node)
+    for kernel, own in found.items():
+        if own:
+            # All layers' weights take turns here too.
+            own *= max(1, _ALONE_NODES // len(own))
+            # What the driver refuses stays together.
+            with suppress(DeviceError):
+                yield kernel, device.alone(own), len(own)
+    for graph in graphs:
+        if graph is not None:
+            graph.reset()
 
 
 @dataclass(frozen=True)

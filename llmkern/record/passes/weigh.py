@@ -16,6 +16,8 @@ SHORTEST_WINDOW_S = 2.0
 # The tick of NVML's counter, where a meter does not say its own.
 TICK_S = 0.1
 IDLE_WINDOW_S = 2.5
+# The rest after each window, in which the board is as warm as in it.
+SHORT_IDLE_S = 1.0
 # One window per round and phase: six independent windows give an interval that a disturbed one cannot spoil.
 ROUNDS = 6
 # A warm-up loads kernels, tunes and fills caches; none of that needs the full length.
@@ -94,10 +96,11 @@ class OwnCost:
 
 
 def weigh(rig: Rig, plan: PlanFacts) -> None:
-    """Run the plan's windows, each begun at a counter tick and followed by two, between two rests.
+    """Run the plan's windows, each begun at a counter tick and followed by a rest.
 
-    The idle remainders at both ends are at the floor and taken off in the attribution; two ticks at the end leave the
-    sensor time to see all of the window. Prefill and generate windows take turns, so that drift meets both.
+    The idle remainders at both ends are at the floor and taken off in the attribution; the rest leaves the sensor time
+    to see all of the window, and shows the floor where it counts. Prefill and generate windows take turns, so that
+    drift meets both.
     """
     with rig.pumped("weigh") as pump:
         idle(rig)
@@ -114,7 +117,7 @@ def weigh(rig: Rig, plan: PlanFacts) -> None:
                             pump.check()
                             if done <= planned:
                                 advance()
-                    rig.wait_for_ticks(2)
+                    idle(rig, SHORT_IDLE_S)
             rig.annotator.round = None
         idle(rig)
     rig.writer.note(plan=plan, own_cost=cost.facts())

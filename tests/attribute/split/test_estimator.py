@@ -186,7 +186,7 @@ def test_a_phase_takes_the_joules_of_its_own_regime() -> None:
 
 def test_windows_of_one_regime_are_pooled() -> None:
     found = estimate_marginals(measured(), FEATURES)
-    powers = dict(zip(found.unknowns.names, found.unknowns.powers_w, strict=True))
+    powers = dict(zip(found.unknowns.names, found.unknowns.regimes, strict=True))
     # A cast draws so little that duty makes no regime; what was never replayed has none.
     assert len(powers["cast"] or ()) == 1
     assert len(powers["gemv"] or ()) == 2
