@@ -220,6 +220,17 @@ def export(document: dict[str, Any]) -> list[str]:
     return [f"{kernels:,.0f} {what}: {'; '.join(told)}."]
 
 
+def closure(document: dict[str, Any]) -> list[str]:
+    rows = ["| workload, phase | counter, J | predicted, J | error | of it guessed |", "|---|---|---|---|---|"]
+    for found in document["cases"]:
+        m = found["metrics"]
+        error = f"{m['error']['value']:+.1%} [{m['error']['low']:+.1%}, {m['error']['high']:+.1%}]"
+        energies = " | ".join(interval(m[name], 1, 3) for name in ("counter", "predicted"))
+        note = f" ({found['note']})" if found["note"] else ""
+        rows.append(f"| {found['name']} | {energies} | {error}{note} | {m['guessed']['value']:.1%} |")
+    return rows
+
+
 def report() -> list[str]:
     """Return how the report of the recorded run of qwen-7b int8 begins, as it is printed today."""
     attribution = attribute(RunFolder(_ROOT / "tests" / "data" / "h100-qwen-7b-int8"))
@@ -240,6 +251,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "recorder_load": recorder_load,
     "analysis": analysis,
     "export": export,
+    "closure": closure,
+    "closure-runs": closure,
 }
 
 

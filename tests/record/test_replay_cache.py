@@ -24,7 +24,7 @@ WINDOWS = pd.DataFrame(
         "seconds": 2.0,
         "dynamic_j": 5.0,
     }
-).assign(floor_w=120.0)
+).assign(floor_w=120.0, clock_mhz=1980.0)
 
 
 def test_what_was_stored_is_found_under_its_key_alone(tmp_path: Path) -> None:
