@@ -231,6 +231,21 @@ def closure(document: dict[str, Any]) -> list[str]:
     return rows
 
 
+def split(document: dict[str, Any]) -> list[str]:
+    rows = [
+        "| phase, kind | launches | ms | above the floor, mJ | by duration within operators, mJ | times |",
+        "|---|---|---|---|---|---|",
+    ]
+    for found in document["cases"]:
+        m = found["metrics"]
+        old = m["dynamic_by_duration"]["value"] * 1e3
+        rows.append(
+            f"| {found['name']} | {m['launches']['value']:,.0f} | {m['time']['value'] * 1e3:.2f} | "
+            f"{interval(m['dynamic'], 1e3, 1)} | {old:.1f} | {m['times']['value']:.2g} |"
+        )
+    return rows
+
+
 def report() -> list[str]:
     """Return how the report of the recorded run of qwen-7b int8 begins, as it is printed today."""
     attribution = attribute(RunFolder(_ROOT / "tests" / "data" / "h100-qwen-7b-int8"))
@@ -253,6 +268,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "export": export,
     "closure": closure,
     "closure-runs": closure,
+    "split": split,
 }
 
 
