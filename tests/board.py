@@ -102,6 +102,8 @@ class Board:
     token: dict[str, int] = field(default_factory=lambda: TOKEN)
     prefill: dict[str, int] = field(default_factory=lambda: PREFILL)
     seed: int = 0
+    # By how much of itself what an operator costs in replays differs from what it costs in the run (one sigma).
+    unlike: float = 0.0
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
@@ -112,6 +114,9 @@ class Board:
         self.ops: list[dict[str, Any]] = []
         self.replays: list[dict[str, Any]] = []
         self.capped: list[tuple[int, int]] = []
+        # Of its own, so that a board is the same but for this.
+        apart = np.random.default_rng([self.seed, 1])
+        self.apart = {name: float(np.exp(apart.normal(0.0, self.unlike))) for name in OPS}
 
     def rest(self, seconds: float) -> None:
         self.now_ns += round(seconds * S)
@@ -220,7 +225,7 @@ class Board:
         self.align(1)
         begin_ns, launches = self.now_ns, 0
         while self.now_ns - begin_ns < 2 * S:
-            self.work(count * seconds, count * joule)
+            self.work(count * seconds, count * joule * self.apart[name])
             self.rest(count * seconds * (1 / duty - 1))
             launches += count
         self.replays.append(

@@ -15,34 +15,39 @@ def nnls_many(rows: np.ndarray, right: np.ndarray) -> np.ndarray:
     doi:10.1137/110821172); all sides for which the unknowns above zero of one that is solved are the right ones are
     solved with it at once. scipy.optimize.nnls gives the same one by one; importing it takes longer than all of this.
     """
-    # An orthogonal basis of the columns changes no squares but by a constant, and leaves fewer rows.
+    # The triangle of the columns changes no squares but by a constant, and leaves fewer rows.
     basis, square = np.linalg.qr(rows)
     right = right @ basis
+    gram, toward = square.T @ square, right @ square
     found = np.zeros_like(right)
     left = np.arange(len(right))
     positive = np.ones(rows.shape[1], bool)
     pivot = _Pivot(square)
     while len(left):
-        tried, slope = _tried(square, right[left], positive)
+        # On the way to one side's solution the others are not looked at.
+        tried, slope = _tried(gram, toward[left[:1]], positive)
         exchanged = pivot.exchanged(positive, tried[0], slope[0], right[left[0]])
+        if exchanged is not None:
+            positive = exchanged
+            continue
+        tried, slope = _tried(gram, toward[left], positive)
         holds = np.logical_and((tried >= 0).all(axis=1), (slope >= 0).all(axis=1))
         # Rounding may leave the side that is solved a hair outside of its solution.
-        holds[0] |= exchanged is None
+        holds[0] = True
         found[np.ix_(left[holds], positive)] = np.maximum(tried[holds], 0.0)
-        if holds[0]:
-            pivot = _Pivot(square)
-        else:
-            assert exchanged is not None
-            positive = exchanged
+        pivot = _Pivot(square)
         left = left[~holds]
     return found
 
 
-def _tried(rows: np.ndarray, right: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the *positive* unknowns with all others at zero, and how the squares change with more of these."""
-    basis, triangle = np.linalg.qr(rows[:, positive])
-    tried = np.linalg.solve(triangle, basis.T @ right.T).T
-    return tried, (tried @ rows[:, positive].T - right) @ rows[:, ~positive]
+def _tried(gram: np.ndarray, toward: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the *positive* unknowns with all others at zero, and how the squares change with more of these.
+
+    *gram* is that of the columns, *toward* the right-hand sides along them.
+    """
+    own = gram[:, positive]
+    tried: np.ndarray = np.linalg.solve(own[positive], toward[:, positive].T).T
+    return tried, tried @ own[~positive].T - toward[:, ~positive]
 
 
 class _Pivot:
