@@ -55,9 +55,11 @@ def judged(seed: int, scenario: str) -> list[tuple[str, float, bool]]:
         assert floor_w is not None
         celsius = found.weighed.temperature_of(phase) if found.weighed is not None else None
         true_w = board.floor_w + board.slope_w_per_c * ((celsius or board.first_c) - board.first_c)
-        rows.append((f"floor {phase}", floor_w.value / true_w - 1, bool(floor_w.low <= true_w <= floor_w.high)))  # type: ignore[operator]
-        frame = found.split(phase, ["op", "name"]).set_index(["op", "name"])
-        for (op, name), row in frame.iterrows():
+        assert floor_w.low is not None
+        assert floor_w.high is not None
+        rows.append((f"floor {phase}", floor_w.value / true_w - 1, floor_w.low <= true_w <= floor_w.high))
+        for row in found.split(phase, ["op", "name"]).to_dict("records"):
+            op, name = str(row["op"]), str(row["name"])
             parts = {part.name: part for part in OPS[op].parts}
             joule = parts[name].joule if parts else OPS[op].joule
             truth_j = launches[op] * joule + true_w * row["duration_ns"] / 1e9
@@ -66,9 +68,8 @@ def judged(seed: int, scenario: str) -> list[tuple[str, float, bool]]:
             kind = "never" if op not in REPLAYED else "single"
             if parts:
                 kind = "main" if joule == max(part.joule for part in parts.values()) else "minor"
-            rows.append(
-                (f"{kind} {phase}", row["energy_j"] / truth_j - 1, bool(row["low_j"] <= truth_j <= row["high_j"]))
-            )
+            holds = bool(row["low_j"] <= truth_j <= row["high_j"])
+            rows.append((f"{kind} {phase}", row["energy_j"] / truth_j - 1, holds))
     return rows
 
 
@@ -87,20 +88,21 @@ def main() -> None:
                 for name, error, held in rows:
                     every[name].append((error, held))
             for name, found in sorted(every.items()):
-                errors, held = np.abs([error for error, _ in found]), np.mean([held for _, held in found])
+                errors = np.abs([error for error, _ in found])
+                cover = float(np.mean([held for _, held in found]))
                 metrics = {
                     "rows": metric(len(found), "1"),
-                    "cover": metric(float(held), "1"),
+                    "cover": metric(cover, "1"),
                     "median_error": metric(float(np.median(errors)), "1"),
                     "p95_error": metric(float(np.percentile(errors, 95)), "1"),
                 }
                 print(
-                    f"{scenario:24s} {name:16s} {len(found):4d} rows, cover {held:4.0%}, error median "
+                    f"{scenario:24s} {name:16s} {len(found):4d} rows, cover {cover:4.0%}, error median "
                     f"{np.median(errors):5.1%}, p95 {np.percentile(errors, 95):5.1%}",
                     flush=True,
                 )
                 # A gain is in truth's scale, not in doubt.
-                bar = None if "gain" in scenario else bool(held >= WANTED)
+                bar = None if "gain" in scenario else cover >= WANTED
                 cases.append(case(f"{scenario}, {name}", {"boards": arguments.boards}, metrics, bar))
             write("coverage", cases, arguments.results)
 
