@@ -137,7 +137,7 @@ def gather(
 ) -> Evidence | None:
     """Return the evidence of *run* in its replays and its weighed phases.
 
-    *sensor* is the counter's name and device. None without replays, an energy counter or an idle floor.
+    *sensor* is the counter's name and device. None without a replay of what ran, an energy counter or an idle floor.
     """
     replays = run.table("replays")
     curve = counter_of(run, *sensor)
@@ -151,10 +151,12 @@ def gather(
     windows += [w for phase, frame in steps.items() for w in _run_windows(weighed, phase, frame, small)]
     limit_mw = run.facts.device.power_limit_mw
     limit_w = math.inf if limit_mw is None else limit_mw / 1e3
-    windows = _of_one_measure(windows)
+    windows = _of_one_measure([w for w in windows if w.launches and set(w.launches) <= set(features)])
+    if not windows:
+        return None
     regimes = {phase: [w.regime for w in windows if w.context == phase] for phase in steps}
     return Evidence(
-        [w for w in windows if w.launches and set(w.launches) <= set(features)],
+        windows,
         features,
         steps,
         weighed.floor.doubt,
@@ -324,6 +326,4 @@ def to_cache(run: RunFolder, weighed: Weighed | None, sensor: tuple[str, int | N
                     "clock_mhz": window.clock_mhz,
                 }
             )
-    return pd.DataFrame(
-        rows, columns=["signature", "kernel", "duty", "launches", "seconds", "dynamic_j", "floor_w", "clock_mhz"]
-    )
+    return pd.DataFrame(rows, columns=CACHED)
