@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from bench.result import case, metric, write
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.schema import TABLES
+from llmkern.runfolder.schema import ADDED, TABLES
 from llmkern.runfolder.writer import grouped
 
 REPEATED = ("calls", "time")
@@ -74,6 +74,14 @@ print(json.dumps({
 """
 
 
+def _with_all_columns(name: str, table: pa.Table) -> pa.Table:
+    """Return *table* in today's schema; what an older run lacks is empty."""
+    for column in ADDED.get(name, ()):
+        if column not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table), TABLES[name].field(column).type))
+    return table.select(TABLES[name].names).cast(TABLES[name])
+
+
 def repeat_run(run: RunFolder, kernels: int, folder: Path) -> int:
     """Write *run* to *folder* with its traced generations repeated to at least *kernels* kernels; return how many.
 
@@ -82,7 +90,7 @@ def repeat_run(run: RunFolder, kernels: int, folder: Path) -> int:
     folder.mkdir(parents=True)
     shutil.copy(run.path / "run.json", folder)
     tables = {name: run.path / f"{name}.parquet" for name in TABLES}
-    read = {name: pq.read_table(file).cast(TABLES[name]) for name, file in tables.items() if file.exists()}
+    read = {name: _with_all_columns(name, pq.read_table(file)) for name, file in tables.items() if file.exists()}
     traced = [_of_pass(read["kernels"], name) for name in REPEATED]
     once = sum(part.num_rows for part in traced)
     times = max(1, -(-(kernels - read["kernels"].num_rows) // max(1, once)) + 1)
