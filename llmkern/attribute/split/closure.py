@@ -52,15 +52,13 @@ def closures(evidence: Evidence, weighed: Weighed, accounts: Mapping[str, PhaseA
             for name, count in steps.items()
             if name not in replayed
         )
-        celsius = weighed.temperature_of(phase)
-        floor_w = floor.reference_w + floor.slope_w_per_c * floor.degrees(celsius)
-        floor_draws_w = floor_w + alone.floor_draws_w + alone.slope_draws * floor.degrees(celsius)
-        latency_s = account.latency_s
-        total_j = float(values_j @ counts) + guessed_j + floor_w * latency_s
-        draws = draws_j @ counts + guessed_j * factors + floor_draws_w * latency_s
-        energy_j = Estimate.of(total_j, draws)
-        error = _error(energy_j, floor_w, account.weight)
-        found[phase] = Closure(phase, energy_j, error, guessed_j / max(total_j, 1e-12))
+        # Its draws are those that the joules per launch assumed.
+        floor_w = floor.at(weighed.temperature_of(phase))
+        at_floor = floor_w.scaled(account.latency_s)
+        total_j = float(values_j @ counts) + guessed_j
+        energy_j = at_floor + Estimate.of(total_j, draws_j @ counts + guessed_j * factors)
+        error = _error(energy_j, floor_w.value, account.weight)
+        found[phase] = Closure(phase, energy_j, error, guessed_j / max(energy_j.value, 1e-12))
     return found
 
 

@@ -1,17 +1,17 @@
-"""Joules per launch of each operator signature, from windows in which the counter moved by a known amount.
+"""Joules per launch of each class of kernels, from windows in which the counter moved by a known amount.
 
-Model (facts and limits: README, "How it works"): in a window of t seconds
+Model (facts and limits: docs/method.md): in a window of t seconds
 
-    energy = floor x t + sum over signatures of launches x joules per launch + error
+    energy = floor x t + sum over classes of kernels of launches x joules per launch + error
 
-with joules per launch above the idle floor and not negative. Windows come from replays, where one signature ran alone,
-and from the run itself, where all ran together. What the data leave open is held by a weak prior from bytes and FLOPs.
+with joules per launch above the idle floor and not negative. Windows come from replays, of a whole operator or of one
+of its kernels alone, and from the run itself, where all ran together. What the data leave open is held by a weak prior.
 
 What a launch costs depends on where it runs. Towards the power cap the clock falls and a GEMM costs up to a fifth
-less, a hot die leaks more: a signature replayed at two mean powers has joules at both, interpolated between them. And a
-launch among others in a run is not quite a launch among its like in a replay: each phase of the run (a context)
-has joules of its own, which CONTEXT_SIGMA ties to those of the replays, and which have to add up to what the counter
-says of that phase.
+less: a class replayed at two clocks has joules at both, interpolated between them. And a launch among others in a run
+is not quite a launch among its like in a replay: each phase of the run (a context) has joules of its own, which
+CONTEXT_SIGMA, and COMMON_SIGMA for all together, tie to those of the replays, and which have to add up to what the
+counter says of that phase.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kernels of each phase by marginal joules: what each operator adds above the floor, from replays and the run."""
+"""The kernels of each phase by marginal joules: what each launch adds above the floor, from replays and the run."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.attribute.split.kernel_classes import kernel_classes, launched_by
 from llmkern.attribute.split.replay_plan import DUTIES, plan_replays, without
 from llmkern.runfolder.replays import Launch
-from tests.board import INT8, INT8_SMALL, OPS, Board
+from tests.board import INT8, INT8_SMALL, Board
 from tests.recorded import recorded
 
 TOKEN = {"int8": 56, "int8 small": 56, "norm": 40}
@@ -17,7 +17,6 @@ PREFILL = {"gemv": 200, "softmax": 300, "norm": 100}
 # What the plan asks for: the smaller kernels of each operator.
 ALONE = tuple(("int8", part.name) for part in INT8 if part.name != "gemm s8")
 ALONE += tuple(("int8 small", part.name) for part in INT8_SMALL if part.name != "gemm s8")
-MS = 1e6
 
 
 def rows(*kernels: tuple[str, str, float]) -> pd.DataFrame:
@@ -92,7 +91,6 @@ def test_kernels_of_an_operator_get_their_own_joules(boards: list[tuple[Attribut
                 error = abs(row["dynamic_j"] / truth_j - 1)
                 if part.name == "gemm s8":
                     assert error < 0.05, part
-                # 20 mW are what the counter shows of a floor that is known to a watt.
                 held += row["low"] <= truth_j <= row["high"]
                 errors += error > 0.3 and truth_j > 1e-3
     assert errors <= 1
@@ -150,7 +148,3 @@ def test_the_plan_takes_operators_apart_at_their_smaller_kernels() -> None:
     assert rest[0].duties == ()
     assert rest[0].alone == first.alone[1:]
     assert without(plan, {(one.signature, None) for one in plan} | set(alone)) == []
-
-
-def test_ops_of_the_board_are_the_sum_of_their_kernels() -> None:
-    assert OPS["int8"].joule == pytest.approx(sum(part.joule for part in INT8))
