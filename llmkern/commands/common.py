@@ -66,7 +66,11 @@ def check_wanted(folder: Path, wanted: Wanted) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import without the garbage collector, now and later: in a hundred thousand objects of modules it finds none."""
+    """Import what reads runs, without the garbage collector, now and later: modules are a hundred thousand objects.
+
+    Matrices of a hundred unknowns are no work for a second thread of BLAS, which would spin between them.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.disable()
     try:
         yield

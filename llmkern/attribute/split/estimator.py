@@ -169,17 +169,15 @@ def estimate_marginals(
     spread = sigma_j * _excess(ordered, (dynamic_j - model) / sigma_j)
     degrees = np.array([w.degrees for w in ordered])
     level_draws, slope_draws = doubt.draws()
-    drawn, priors, apart = [], [], []
-    for i in range(DRAWS):
-        floor_j = (level_draws[i] + slope_draws[i] * degrees) * seconds
-        drawn.append(model + random.normal(0.0, spread) - floor_j)
-        # One guess is wrong by one factor wherever it is used.
-        prior_j = guess_j * np.exp(random.normal(0.0, PRIOR_SIGMA, len(names)))[owners]
-        common = random.normal(0.0, COMMON_SIGMA, len(shared))
-        up_and_down = np.maximum(np.stack([common, -common], axis=1), 0.0).ravel()
-        priors.append(np.append(np.minimum(prior_j, np.maximum(guess_j, most_j - width_j)), up_and_down))
-        apart.append(random.normal(0.0, 1.0, len(ties)))
-    draws, mores = problem.solved(np.array(drawn), np.array(priors), np.array(apart))
+    drawn = model + random.normal(0.0, 1.0, (DRAWS, len(ordered))) * spread
+    drawn -= (level_draws[:, None] + slope_draws[:, None] * degrees) * seconds
+    # One guess is wrong by one factor wherever it is used.
+    guesses_j = guess_j * np.exp(random.normal(0.0, PRIOR_SIGMA, (DRAWS, len(names))))[:, owners]
+    guesses_j = np.minimum(guesses_j, np.maximum(guess_j, most_j - width_j))
+    common = random.normal(0.0, COMMON_SIGMA, (DRAWS, len(shared)))
+    up_and_down = np.maximum(np.stack([common, -common], axis=2), 0.0).reshape(DRAWS, -1)
+    apart = random.normal(0.0, 1.0, (DRAWS, len(ties)))
+    draws, mores = problem.solved(drawn, np.hstack([guesses_j, up_and_down]), apart)
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
     in_common = {c: Estimate.of(float(more[i]), mores[:, i]) for i, c in enumerate(shared)}

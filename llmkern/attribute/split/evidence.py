@@ -66,8 +66,8 @@ class Work:
     @cached_property
     def classes(self) -> dict[tuple[str, str], str]:
         """Return the class of each kernel name of each signature."""
-        rows = self.kernels[["signature", "name", "kernel_class"]].astype(str).drop_duplicates()
-        return {(signature, name): found for signature, name, found in rows.itertuples(index=False)}
+        rows = self.kernels[["signature", "name", "kernel_class"]].drop_duplicates()
+        return {(str(signature), str(name)): str(found) for signature, name, found in rows.itertuples(index=False)}
 
     def launches(self, signature: str) -> dict[str, float]:
         """Return how often one call of *signature* launches each class, nothing where that was not inspected."""
@@ -86,7 +86,9 @@ class Work:
         An operator's FLOPs are those of its largest kernel; its bytes go by filled time: which moves what is not known.
         """
         rows = self.kernels
-        filled = np.array([self._filled(s, n) for s, n in zip(rows["signature"], rows["name"], strict=True)])
+        # Rows are many, pairs of operator and kernel few.
+        pair, pairs = pd.MultiIndex.from_frame(rows[["signature", "name"]]).factorize()
+        filled = np.array([self._filled(str(signature), str(name)) for signature, name in pairs])[pair]
         size = np.asarray(rows["duration_ns"].to_numpy(float) * filled)
         own = pd.DataFrame(
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from itertools import pairwise
 
@@ -31,24 +31,33 @@ def launched_by(inspected: Inspected | None, ops: pd.DataFrame) -> dict[str, tup
         return {}
     rows = inspected.kernels
     signature = ops["signature"].cat
-    kinds, launch = np.unique(rows[_LAUNCH].to_numpy(), axis=0, return_inverse=True)
-    seen: dict[int, Counter[tuple[int, ...]]] = {}
-    op, launch = rows["op"].to_numpy(), launch.ravel()
+    # Asked of a column one by one, codes and categories are a new object each time.
+    codes, texts = signature.codes.to_numpy(), signature.categories.astype(str).tolist()
+    launch, kinds = _numbered(rows[_LAUNCH])
+    seen: dict[int, Counter[tuple[int, ...]]] = defaultdict(Counter)
+    op = rows["op"].to_numpy()
     known = op != NONE
     op, launch = op[known], launch[known]
     # One call's kernels stand together: no operator is called within another.
     edges = np.flatnonzero(np.diff(op, prepend=NONE - 1, append=NONE - 1))
     for begin, end in pairwise(edges.tolist()):
-        code = int(signature.codes.iloc[op[begin]])
-        seen.setdefault(code, Counter())[tuple(launch[begin:end].tolist())] += 1
+        seen[int(codes[op[begin]])][tuple(launch[begin:end].tolist())] += 1
     every = [
         Launch(str(inspected.categories[kind[0]]), tuple(kind[1:4].tolist()), tuple(kind[4:7].tolist()))
         for kind in kinds
     ]
-    return {
-        str(signature.categories[code]): tuple(every[i] for i in counter.most_common(1)[0][0])
-        for code, counter in seen.items()
-    }
+    return {texts[code]: tuple(every[i] for i in counter.most_common(1)[0][0]) for code, counter in seen.items()}
+
+
+def _numbered(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return which of the different ones each of *rows* is, and these, all of integers."""
+    code = np.zeros(len(rows), np.int64)
+    for column in rows.columns:
+        # Numbers of pairs of numbers of the columns before: a few hundred, so that nothing overflows.
+        number, _ = pd.factorize(rows[column].to_numpy())
+        code, _ = pd.factorize(code * (int(number.max(initial=0)) + 1) + number)
+    _, first = np.unique(code, return_index=True)
+    return code, rows.to_numpy()[first]
 
 
 _LAUNCH = ["name", "grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z"]
