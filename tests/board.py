@@ -5,7 +5,9 @@ The power curve is exact; what the run folder gets is what a counter and a 20 ms
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from tests.synthetic import Truth, facts
 
 MS = 1_000_000
 S = 1_000_000_000
+# Of the floor's power; how long work takes to warm a board, and the floor to wander.
+GRID_NS = 50 * MS
+WARMING_S, WANDER_S = 5.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Op:
-    """Seconds on the device, J above the floor, bytes and FLOPs of one launch."""
+    """Seconds on the device, J above the floor (*capped_joule* at CAPPED_MHZ), bytes and FLOPs of one launch."""
 
     seconds: float
     joule: float
@@ -76,6 +81,29 @@ CAPPED_PREFILL = {"gemm": 250, "cast": 100, "norm": 100}
 PREFILL = {"gemv": 200, "softmax": 300, "cast": 100, "norm": 100}
 
 
+# The clock at full speed, and that at which an operator takes its capped_joule.
+FULL_MHZ, CAPPED_MHZ = 1980.0, 1500.0
+
+
+@dataclass(frozen=True)
+class Vices:
+    """What a real board and its host do beside the work.
+
+    *wander_w*: rests and loads scatter about the line of the floor (one sigma, anew every few seconds). *convex*: by
+    how much of itself the floor's slope grows per °C. *thermal_c_per_w*: by how much work warms the board. *gap_w*:
+    what a busy host adds between launches. *stretch_s*: by how much a recorder lengthens every kernel. *replay_share*:
+    what a replay of an operator takes of what it takes in the run. *clocks_mhz* at the power cap: of run and replays.
+    """
+
+    wander_w: float = 0.0
+    convex: float = 0.0
+    thermal_c_per_w: float = 0.0
+    gap_w: float = 0.0
+    stretch_s: float = 0.0
+    replay_share: Mapping[str, float] = field(default_factory=dict)
+    clocks_mhz: tuple[float, float] | None = None
+
+
 @dataclass(frozen=True)
 class Sensor:
     """Refresh periods and faults: *gain* is that of every reading, *noise_mj* per tick, *lag_ms* of the samples."""
@@ -104,6 +132,9 @@ class Board:
     seed: int = 0
     # By how much of itself what an operator costs in replays differs from what it costs in the run (one sigma).
     unlike: float = 0.0
+    # Until the host has launched a token.
+    host_s: float = 0.025
+    vices: Vices = field(default_factory=Vices)
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
@@ -113,10 +144,13 @@ class Board:
         self.kernels: list[dict[str, Any]] = []
         self.ops: list[dict[str, Any]] = []
         self.replays: list[dict[str, Any]] = []
-        self.capped: list[tuple[int, int]] = []
+        # (start, end, clock)
+        self.capped: list[tuple[int, int, float]] = []
         # Of its own, so that a board is the same but for this.
         apart = np.random.default_rng([self.seed, 1])
-        self.apart = {name: float(np.exp(apart.normal(0.0, self.unlike))) for name in OPS}
+        self.apart = {
+            name: float(np.exp(apart.normal(0.0, self.unlike))) * self.vices.replay_share.get(name, 1.0) for name in OPS
+        }
 
     def rest(self, seconds: float) -> None:
         self.now_ns += round(seconds * S)
@@ -135,13 +169,12 @@ class Board:
         order = [name for name, count in launches.items() for _ in range(count)]
         gap_s = max(0.0, host_s - sum(OPS[n].seconds for n in order)) / len(order)
         for name in order:
-            self.rest(gap_s)
+            self.work(gap_s, gap_s * self.vices.gap_w)
             begin_ns = self.now_ns
-            capped_joule = OPS[name].capped_joule if launches is self.prefill else None
-            joule = OPS[name].joule if capped_joule is None else capped_joule
+            joule = self.joule_of(name, "prefill" if launches is self.prefill else "decode")
             for part in OPS[name].parts or (Part(name, 0, OPS[name].seconds, joule),):
                 part_ns = self.now_ns
-                self.work(part.seconds, part.joule)
+                self.work(part.seconds + (self.vices.stretch_s if pass_ != "weigh" else 0.0), part.joule)
                 if pass_ != "weigh":
                     grid = {f"grid_{axis}": size for axis, size in zip("xyz", (part.blocks, 1, 1), strict=True)}
                     block = {f"block_{axis}": size for axis, size in zip("xyz", (128, 1, 1), strict=True)}
@@ -162,6 +195,22 @@ class Board:
                     }
                 )
 
+    def joule_of(self, name: str, phase: str) -> float:
+        """Return the J above the floor of a launch of operator *name* in *phase* of the run."""
+        return self._at(name, self._clocks[0] if phase == "prefill" and "gemm" in self.prefill else FULL_MHZ)
+
+    @property
+    def _clocks(self) -> tuple[float, float]:
+        return self.vices.clocks_mhz or (CAPPED_MHZ, CAPPED_MHZ)
+
+    @staticmethod
+    def _at(name: str, clock_mhz: float) -> float:
+        op = OPS[name]
+        if op.capped_joule is None:
+            return op.joule
+        share = (FULL_MHZ - clock_mhz) / (FULL_MHZ - CAPPED_MHZ)
+        return op.joule + (op.capped_joule - op.joule) * share
+
     def generate(self, new_tokens: int, pass_: str, **marks: Any) -> None:
         begin_ns = self.now_ns
         # The host is as moody as a virtual one.
@@ -173,7 +222,7 @@ class Board:
         decode_ns = self.now_ns
         for token in range(1, new_tokens):
             start_ns = self.now_ns
-            self.step(self.token, 0.025 * mood, pass_)
+            self.step(self.token, self.host_s * mood, pass_)
             self.mark(start_ns, "token", pass_, phase="decode", token=token, new_tokens=new_tokens, **marks)
         if new_tokens > 1:
             self.mark(decode_ns, "phase", pass_, phase="decode", new_tokens=new_tokens, **marks)
@@ -194,7 +243,7 @@ class Board:
                     self.generate(new_tokens, "weigh", round=round_, repeat=repeat)
                 self.mark(begin_ns, "window", "weigh", round=round_, new_tokens=new_tokens)
                 if new_tokens == 1 and "gemm" in self.prefill:
-                    self.capped.append((begin_ns, self.now_ns))
+                    self.capped.append((begin_ns, self.now_ns, self._clocks[0]))
                 self._idle(seconds=1.0)
         self._idle()
         self.generate(6, "time", repeat=0)
@@ -216,9 +265,8 @@ class Board:
         self.mark(begin_ns, "idle", pass_)
 
     def _replayed_j(self, name: str, duty: float) -> float:
-        op = OPS[name]
         # Only at high duty does the load reach the cap.
-        return op.capped_joule if op.capped_joule is not None and duty > 0.8 else op.joule
+        return self._at(name, self._clocks[1] if duty > 0.8 else FULL_MHZ)
 
     def _replay(self, name: str, duty: float, seconds: float, joule: float, kernel: str | None = None) -> None:
         count = max(1, round(0.02 / seconds))
@@ -240,21 +288,46 @@ class Board:
             }
         )
         if kernel is None and joule != OPS[name].joule:
-            self.capped.append((begin_ns, self.now_ns))
+            self.capped.append((begin_ns, self.now_ns, self._clocks[1]))
         self.align(2)
 
-    def temperature_c(self, times_ns: np.ndarray) -> np.ndarray:
+    def _dynamic_j(self, times_ns: np.ndarray) -> np.ndarray:
+        at = np.array([k[0] for k in self.knots]) - self.start_ns
+        return np.interp(times_ns - self.start_ns, at, np.cumsum([k[1] for k in self.knots]))
+
+    @cached_property
+    def _grid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return times in ns, temperatures and watts of the floor there; made when all has been played."""
+        times_ns = np.arange(self.start_ns, self.now_ns + GRID_NS, GRID_NS)
         share = (times_ns - self.start_ns) / (self.now_ns - self.start_ns)
-        return self.first_c + (self.last_c - self.first_c) * share
+        celsius = self.first_c + (self.last_c - self.first_c) * share
+        load_w = np.diff(self._dynamic_j(times_ns), append=np.nan) / (GRID_NS / S)
+        load_w[-1] = load_w[-2]
+        warmer, keep = 0.0, np.exp(-GRID_NS / S / WARMING_S)
+        for i, watts in enumerate(load_w if self.vices.thermal_c_per_w else ()):
+            warmer = warmer * keep + watts * self.vices.thermal_c_per_w * (1 - keep)
+            celsius[i] += warmer
+        floor_w = self.floor_at(celsius)
+        if self.vices.wander_w:
+            wander = np.random.default_rng([self.seed, 2]).normal(0.0, self.vices.wander_w, len(times_ns))
+            floor_w += np.repeat(wander, round(WANDER_S * S / GRID_NS))[: len(times_ns)]
+        return times_ns, celsius, floor_w
+
+    def floor_at(self, celsius: np.ndarray) -> np.ndarray:
+        """Return the idle power in W at *celsius*, but for what it wanders."""
+        warmer = celsius - self.first_c
+        result: np.ndarray = self.floor_w + self.slope_w_per_c * warmer * (1 + self.vices.convex * warmer / 2)
+        return result
+
+    def temperature_c(self, times_ns: np.ndarray) -> np.ndarray:
+        grid_ns, celsius, _ = self._grid
+        return np.interp(times_ns - self.start_ns, grid_ns - self.start_ns, celsius)
 
     def energy_j(self, times_ns: np.ndarray) -> np.ndarray:
         """Return the true energy in J since the start."""
-        at = np.array([k[0] for k in self.knots]) - self.start_ns
-        dynamic = np.interp(times_ns - self.start_ns, at, np.cumsum([k[1] for k in self.knots]))
-        seconds = (times_ns - self.start_ns) / S
-        mean_c = (self.temperature_c(times_ns) + self.first_c) / 2
-        result: np.ndarray = dynamic + seconds * (self.floor_w + self.slope_w_per_c * (mean_c - self.first_c))
-        return result
+        grid_ns, _, floor_w = self._grid
+        until_j = np.concatenate([[0.0], np.cumsum((floor_w[1:] + floor_w[:-1]) / 2)]) * GRID_NS / S
+        return self._dynamic_j(times_ns) + np.interp(times_ns - self.start_ns, grid_ns - self.start_ns, until_j)
 
     def write(self, path: Path) -> RunFolder:
         known = facts(Truth(new_tokens=24))
@@ -284,7 +357,8 @@ class Board:
                 "sensor": "instant",
                 "power_mw": 0,
                 "temperature_c": round(c),
-                "throttle": 4 * any(a <= t <= b for a, b in self.capped),
+                "throttle": 4 * any(a <= t <= b for a, b, _ in self.capped),
+                **self._clock(int(t)),
             }
             for t, c in zip(ticks, self.temperature_c(ticks), strict=True)
         ]
@@ -311,6 +385,12 @@ class Board:
         writer.merge()
         writer.publish()
         return RunFolder(path)
+
+    def _clock(self, time_ns: int) -> dict[str, int]:
+        if self.vices.clocks_mhz is None:
+            return {}
+        capped = [mhz for start_ns, end_ns, mhz in self.capped if start_ns <= time_ns <= end_ns]
+        return {"sm_clock_mhz": round(capped[0] if capped else FULL_MHZ)}
 
     @staticmethod
     def _append(writer: RunWriter, name: str, rows: list[dict[str, Any]]) -> None:

@@ -65,7 +65,9 @@ for name, phase in phases.items():
         part_j = own.loc[own["part"] == part, "energy_j"].sum()
         same(f"energy in {part}", part_j, phase[part]["energy_j"]["value"])
         same(f"share of {part}", part_j / energy_j, phase[part]["share"])
-    same("idle floor", gaps["energy_j"].sum() / (gaps["duration_ns"].sum() / 1e9), phase["floor_w"]["value"])
+    gap_s = gaps["duration_ns"].sum() / 1e9
+    same("idle floor", gaps["floor_j"].sum() / gap_s, phase["floor_w"]["value"])
+    same("busy host adds", gaps["dynamic_j"].sum() / gap_s, phase["host_adds_w"]["value"])
 
     views = {"kinds": (kernels, ["kind"]), "causes": (gaps, ["cause"]), "kernels": (kernels, ["name"])}
     views |= {"operators": (kernels, ["op", "module"]), "gaps": (gaps, ["cause", "op", "module"])}

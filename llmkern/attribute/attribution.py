@@ -244,7 +244,7 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
         evidence = gather(run, weighed, accounts, work, (sensor, counted))
         if evidence is not None:
             marginals, joules = by_marginals(evidence, weighed, accounts)
-            accounts = {phase: account.by(joules[phase]) for phase, account in accounts.items()}
+            accounts = {p: account.by(joules[p], marginals.host_w.get(p)) for p, account in accounts.items()}
     return Attribution(
         run,
         accounts,
@@ -291,7 +291,7 @@ def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -
     if account.gap_j is None or account.floor_w is None:
         by_gap, draws = without_energy(rows, keys), None
     else:
-        # An idle device draws the same power everywhere.
+        # An idle device draws the same power everywhere, and what its host adds is known of all gaps together.
         by_gap, draws = EqualPower(account.gap_j, account.floor_w, account.gap_s.value).drawn(rows, keys)
     # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
     if by_gap["duration_ns"].sum() > 0:

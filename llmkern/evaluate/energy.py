@@ -12,7 +12,8 @@ import pandas as pd
 
 from llmkern.attribute.energy.counter import EnergyCurve
 from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
-from llmkern.attribute.split.estimator import Features, estimate_marginals
+from llmkern.attribute.split.estimator import estimate_marginals
+from llmkern.attribute.split.prior import Features
 from llmkern.attribute.split.unknowns import Window
 from llmkern.estimate import Estimate
 from llmkern.evaluate.job import Energy

@@ -57,6 +57,7 @@ class PhaseStatement:
     gaps: Part | None
     residual: Part | None
     floor_w: Estimate | None
+    host_adds_w: Estimate | None
     recorder_effect: Estimate | None
     memory_j: Estimate | None
     host_j: Estimate | None
@@ -154,6 +155,7 @@ def _phase(attribution: Attribution, account: PhaseAccount) -> PhaseStatement:
         part(account.gap_j),
         part(None if residual_j is None else Estimate(residual_j)),
         account.floor_w,
+        account.host_adds_w,
         account.recorder_effect,
         attribution.memory.get(phase),
         None if host is None else host.energy_j,

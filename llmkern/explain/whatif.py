@@ -289,6 +289,8 @@ def _predicted(fix: Fix, account: PhaseAccount, case: _Case, change: _Change) ->
         residual_j = account.residual_j or 0.0
         kept = (account.kernel_j - at_floor).map(lambda j: np.maximum(j, 0.0) * share + residual_j)
         joule = kept + account.floor_w * after_s
+        if account.host_adds_w is not None:
+            joule = joule + account.host_adds_w * after_s.map(lambda s: np.maximum(s - busy, 0.0))
     return Prediction(
         fix.name,
         account.phase,

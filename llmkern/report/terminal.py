@@ -86,6 +86,7 @@ def _phase_table(statement: Statement) -> Table:
         ("energy in gaps", lambda p: _part(p.gaps)),
         ("residual", lambda p: _part(p.residual)),
         ("idle floor", lambda p: with_interval(p.floor_w, "W")),
+        ("busy host adds", lambda p: with_interval(p.host_adds_w, "W")),
         ("recorder's effect", lambda p: _effect(p.recorder_effect)),
         ("of the energy, HBM", lambda p: with_interval(p.memory_j, "J")),
         ("host CPU package", lambda p: with_interval(p.host_j, "J")),

@@ -37,6 +37,8 @@ class PhaseAccount:
     traced_latency_s: float
     # By how much of itself the latency grew under the recorder; None where that was not measured.
     recorder_effect: Estimate | None = None
+    # What a busy host adds to the floor in gaps, as far as the windows tell; gap_j holds it.
+    host_adds_w: Estimate | None = None
 
     @property
     def latency_s(self) -> float:
@@ -71,9 +73,12 @@ class PhaseAccount:
         energy = self.weight.energy_j
         return None if energy is None else energy.value / self.weight.latency_s.value
 
-    def by(self, joules: KernelJoules) -> PhaseAccount:
-        """Return the same account with the kernels' energy split by *joules*."""
-        return replace(self, joules=joules)
+    def by(self, joules: KernelJoules, host_adds_w: Estimate | None) -> PhaseAccount:
+        """Return the same account with the kernels' energy split by *joules* and *host_adds_w* in gaps."""
+        gap_j = self.gap_j
+        if gap_j is not None and self.floor_w is not None and host_adds_w is not None:
+            gap_j = ((self.floor_w + host_adds_w) * self.gap_s).within(self.weight.energy_j)
+        return replace(self, joules=joules, gap_j=gap_j, host_adds_w=host_adds_w)
 
 
 def account_phase(
@@ -100,7 +105,7 @@ def account_phase(
         most_w = np.inf if limit_mw is None else limit_mw / 1e3 * POWER_LIMIT_SLACK
         rest_j = _rest(weight, energy.value - gap_j.value, busy_s, floor_w)
         total = rest_j.with_(floor_w, lambda j, w: np.clip(j, w * busy_s, most_w * busy_s)).within(energy)
-        joules = EqualPower(total, floor_w, busy_s)
+        joules = EqualPower(total, floor_w, busy_s, unlike=True)
     return PhaseAccount(
         weight.phase,
         weight.unit,

@@ -12,8 +12,9 @@ import numpy as np
 
 from llmkern.attribute.energy.phases import PhaseWeight, Weighed
 from llmkern.attribute.split.account import PhaseAccount
-from llmkern.attribute.split.estimator import PRIOR_SIGMA, estimate_marginals
+from llmkern.attribute.split.estimator import estimate_marginals
 from llmkern.attribute.split.evidence import Evidence
+from llmkern.attribute.split.prior import PRIOR_SIGMA
 from llmkern.estimate import DRAWS, Estimate, from_samples
 
 

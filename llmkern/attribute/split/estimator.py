@@ -2,16 +2,17 @@
 
 Model (facts and limits: docs/method.md): in a window of t seconds
 
-    energy = floor x t + sum over classes of kernels of launches x joules per launch + error
+    energy = floor x t + host x idle t + sum over classes of kernels of launches x joules per launch + error
 
-with joules per launch above the idle floor and not negative. Windows come from replays, of a whole operator or of one
-of its kernels alone, and from the run itself, where all ran together. What the data leave open is held by a weak prior.
+with joules per launch above the idle floor and not negative, and what a busy host adds to a run where no kernel runs.
+Windows come from replays, of a whole operator or of one of its kernels alone, and from the run itself, where all ran
+together. What the data leave open is held by a weak prior.
 
-What a launch costs depends on where it runs. Towards the power cap the clock falls and a GEMM costs up to a fifth
-less: a class replayed at two clocks has joules at both, interpolated between them. And a launch among others in a run
-is not quite a launch among its like in a replay: each phase of the run (a context) has joules of its own, which
-CONTEXT_SIGMA, and COMMON_SIGMA for all together, tie to those of the replays, and which have to add up to what the
-counter says of that phase.
+What a launch costs depends on where it runs. Towards the power cap the clock falls and a GEMM costs up to a fifth less:
+a class replayed at two clocks has joules at both, interpolated between them. And a launch among others in a run is not
+quite a launch among its like in a replay: each phase of the run (a context) has joules of its own, which CONTEXT_SIGMA,
+and COMMON_SIGMA for all together, tie to those of the replays, and which have to add up to what the counter says of
+that phase. Where the replays do not add up to that, the former is larger.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 from llmkern.attribute.energy.floor import FloorDoubt
 from llmkern.attribute.split.nnls import nnls_many
+from llmkern.attribute.split.prior import PRIOR_SIGMA, Features, prior_weights
 from llmkern.attribute.split.unknowns import Unknowns, Window, find_unknowns
 from llmkern.estimate import DRAWS, Estimate
 
@@ -32,38 +34,17 @@ TICK_SIGMA_J = 0.5
 # The counter repeats itself to about this share over two seconds (on an H100 one load at eight phases of the tick gave
 # 200-214 W in single reads).
 GAIN_SIGMA = 0.005
-# The prior is a guess from length, blocks, bytes and FLOPs: right to a factor of two (one sigma of its logarithm).
-PRIOR_SIGMA = 0.7
-# To this factor (one sigma of its logarithm) the prior explains a window, and is a weight what it is without data.
-PRIOR_FIT_SIGMA, PRIOR_HOLD_SIGMA = 0.5, 1.5
 # By how much of itself a launch may cost more or less from one regime to the next (one sigma).
 REGIME_SIGMA = 0.15
 # By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): each for
-# itself, and all of a phase together.
-CONTEXT_SIGMA = 0.03
+# itself, as if so many phases had shown it, and all of a phase together.
+CONTEXT_SIGMA, CONTEXT_FREEDOM = 0.04, 1
 COMMON_SIGMA = 0.05
-# So long a kernel that does nothing takes.
-LAUNCH_S = 1.5e-6
+# What a busy host adds to an idle device: on an H100 0.4 W while it launches kernels of nothing, 1.5 W where it
+# launches one and waits for it without end; of other hosts and boards that is hardly known (Student, so many degrees).
+HOST_SIGMA_W, HOST_FREEDOM = 1.5, 3
 # Signatures whose columns are this close to parallel cannot be told apart by any window.
 PARALLEL = 0.999
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the prior knows of a class: seconds on the device, bytes moved, FLOPs, all per launch.
-
-    *filled* is the share of the multiprocessors that have a block of it.
-    """
-
-    seconds: float
-    moved_bytes: float
-    flops: float
-    filled: float = 1.0
-
-    @property
-    def traits(self) -> tuple[float, float, float]:
-        """What joules go with. Of a small kernel the first microsecond is its launch."""
-        return max(self.seconds - LAUNCH_S, 0.1 * self.seconds) * self.filled, self.moved_bytes, self.flops
 
 
 @dataclass(frozen=True)
@@ -74,7 +55,8 @@ class Marginals:
     prior's share of what they took together. ``residuals_j`` is energy minus model per window; ``condition`` that of
     the replays alone, scaled and without the prior (infinite without replays). ``floor_draws_w`` and ``slope_draws``
     are the errors of the floor that each draw assumed, so that what is at the floor can be drawn alike. ``common`` is
-    by how much of itself everything costs more in each context than in replays.
+    by how much of itself everything costs more in each context than in replays; ``apart_draws`` is by how much (one
+    sigma) each draw let a launch do so by itself. ``host_w`` is what the host adds in each context while nothing runs.
     """
 
     unknowns: Unknowns
@@ -84,6 +66,8 @@ class Marginals:
     floor_draws_w: np.ndarray
     slope_draws: np.ndarray
     common: Mapping[str, Estimate]
+    apart_draws: np.ndarray
+    host_w: Mapping[str, Estimate]
     groups: list[tuple[str, ...]]
     residuals_j: dict[str, float]
     condition: float
@@ -97,7 +81,7 @@ class Marginals:
         lent = np.array([context not in self.unknowns.contexts_of(name) for name in names], bool)
         if more is not None and more.draws is not None and lent.any():
             # Too little of the phase for joules of their own there: those of the replays, with what they may be off.
-            apart = np.random.default_rng(5).normal(0.0, CONTEXT_SIGMA, draws.shape)
+            apart = np.random.default_rng(5).normal(0.0, 1.0, draws.shape) * self.apart_draws[:, None]
             draws = np.where(lent, draws * np.maximum(1 + more.draws[:, None] + apart, 0.0), draws)
             values = np.where(lent, values * (1 + more.value), values)
         return values, draws
@@ -132,7 +116,8 @@ def estimate_marginals(
 
     Non-negative least squares, each window weighted by what its ticks and the counter's gain leave uncertain. Of a
     signature that was not replayed the prior says that it draws at most *most_w* W above the floor (two sigma).
-    Intervals are from a parametric bootstrap over windows in which the floor errs alike in all of them (*doubt*).
+    Intervals are solutions of what was seen and believed before, each drawn within its doubt (randomize, then optimize:
+    Bardsley 2014, doi:10.1137/140964023); the floor errs alike in all windows (*doubt*).
     Raises ValueError without windows or for a launch of a signature that *features* does not know.
     """
     if not windows:
@@ -148,7 +133,7 @@ def estimate_marginals(
     sigma_j = np.hypot(TICK_SIGMA_J, GAIN_SIGMA * np.array([w.energy_j for w in ordered]))
     sigma_j = np.hypot(sigma_j, np.array([w.apart for w in ordered]) * np.abs(dynamic_j))
     every = sorted({n for w in ordered for n in w.launches})
-    prior = _prior_weights(ordered, {n: features[n].traits for n in every}, dynamic_j, sigma_j)
+    prior = prior_weights(ordered, {n: features[n].traits for n in every}, dynamic_j, sigma_j)
     # Half of what is possible leaves room on both sides.
     most = {n: most_w * features[n].seconds for n in every}
     guess = {n: min(float(np.array(features[n].traits) @ prior), most[n] / 2) for n in every}
@@ -160,28 +145,56 @@ def estimate_marginals(
     guess_j, most_j = (np.array([of[n] for n in names])[owners] for of in (guess, most))
     width_j = np.maximum(np.minimum(PRIOR_SIGMA * guess_j, np.maximum(most_j - guess_j, guess_j) / 2), 1e-9)
     shared = sorted({c for c in (w.context for w in ordered) if c})
-    ties = _ties(unknowns, ordered, counts, dynamic_j, guess_j, shared)
-    problem = _Problem(counts, sigma_j, width_j, ties)
-    nothing = np.zeros((1, 2 * len(shared)))
-    (values,), (more,) = problem.solved(dynamic_j[None], np.hstack([guess_j[None], nothing]), np.zeros((1, len(ties))))
+    # To the unknowns come for each of the contexts what the host adds, and by how much everything costs more and less.
+    nothing = np.zeros(3 * len(shared))
+    idle_s = np.array([[w.idle_s * (w.context == c) for c in shared] for w in ordered]).reshape(len(ordered), -1)
+    counts = np.hstack([counts, idle_s, np.zeros((len(ordered), 2 * len(shared)))])
+    width = np.append(width_j, np.repeat([HOST_SIGMA_W, COMMON_SIGMA], [len(shared), 2 * len(shared)]))
+
+    def fitted(context_sigma: float) -> tuple[_Problem, np.ndarray, np.ndarray]:
+        ties, own = _ties(unknowns, ordered, guess_j, shared, context_sigma)
+        problem = _Problem(counts, sigma_j, width, ties)
+        (found,) = problem.solved(dynamic_j[None], np.append(guess_j, nothing)[None], np.zeros((1, len(ties))))
+        return problem, own, found
+
+    context_sigma, freedom = _context_sigma(unknowns, ordered, dynamic_j, fitted(CONTEXT_SIGMA)[2], doubt)
+    problem, own, found = fitted(context_sigma)
     random = np.random.default_rng(seed)
-    model = counts @ values
+    model = counts @ found
     spread = sigma_j * _excess(ordered, (dynamic_j - model) / sigma_j)
     degrees = np.array([w.degrees for w in ordered])
     level_draws, slope_draws = doubt.draws()
-    drawn = model + random.normal(0.0, 1.0, (DRAWS, len(ordered))) * spread
+    # About what was seen, not about the fit: what the prior has drawn in would be drawn in twice.
+    drawn = dynamic_j + random.normal(0.0, 1.0, (DRAWS, len(ordered))) * spread
     drawn -= (level_draws[:, None] + slope_draws[:, None] * degrees) * seconds
     # One guess is wrong by one factor wherever it is used.
     guesses_j = guess_j * np.exp(random.normal(0.0, PRIOR_SIGMA, (DRAWS, len(names))))[:, owners]
     guesses_j = np.minimum(guesses_j, np.maximum(guess_j, most_j - width_j))
     common = random.normal(0.0, COMMON_SIGMA, (DRAWS, len(shared)))
     up_and_down = np.maximum(np.stack([common, -common], axis=2), 0.0).reshape(DRAWS, -1)
-    apart = random.normal(0.0, 1.0, (DRAWS, len(ties)))
-    draws, mores = problem.solved(drawn, np.hstack([guesses_j, up_and_down]), apart)
+    host_w = random.standard_t(HOST_FREEDOM, (DRAWS, len(shared))) * HOST_SIGMA_W
+    # A sigma that so few phases tell is itself uncertain: together that is Student's t.
+    wider = np.sqrt(freedom / random.chisquare(freedom, DRAWS))
+    apart = random.normal(0.0, 1.0, (DRAWS, len(own))) * np.where(own, wider[:, None], 1.0)
+    draws = problem.solved(drawn, np.hstack([guesses_j, host_w, up_and_down]), apart)
+    count, after = len(guess_j), len(guess_j) + len(shared)
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
-    in_common = {c: Estimate.of(float(more[i]), mores[:, i]) for i, c in enumerate(shared)}
-    return Marginals(unknowns, prior, values, draws, level_draws, slope_draws, in_common, groups, residuals, condition)
+    more, mores = (of[..., after::2] - of[..., after + 1 :: 2] for of in (found, draws))
+    return Marginals(
+        unknowns,
+        prior,
+        found[:count],
+        draws[:, :count],
+        level_draws,
+        slope_draws,
+        {c: Estimate.of(float(more[i]), mores[:, i]) for i, c in enumerate(shared)},
+        context_sigma * wider,
+        {c: Estimate.of(float(found[count + i]), draws[:, count + i]) for i, c in enumerate(shared)},
+        groups,
+        residuals,
+        condition,
+    )
 
 
 def _excess(windows: Sequence[Window], scaled: np.ndarray) -> np.ndarray:
@@ -195,21 +208,16 @@ def _excess(windows: Sequence[Window], scaled: np.ndarray) -> np.ndarray:
 
 
 def _ties(
-    unknowns: Unknowns,
-    windows: Sequence[Window],
-    counts: np.ndarray,
-    dynamic_j: np.ndarray,
-    guess_j: np.ndarray,
-    shared: list[str],
-) -> np.ndarray:
-    """Return rows, in sigmas, that hold the unknowns of one signature together: its regimes, and contexts to them.
+    unknowns: Unknowns, windows: Sequence[Window], guess_j: np.ndarray, shared: list[str], context_sigma: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows, in sigmas, that hold the unknowns of one signature together, and which tie a context to replays.
 
-    To the unknowns come two for each of the contexts *shared*: by how much of itself everything costs more there, and
-    by how much less.
+    After the unknowns are three for each of the contexts *shared*: what the host adds, then pairs of by how much of
+    itself everything costs more there and by how much less.
     """
-    count = len(guess_j) + 2 * len(shared)
+    count = len(guess_j) + 3 * len(shared)
     regimes = {c: float(np.mean([w.regime for w in windows if w.context == c])) for c in {w.context for w in windows}}
-    rows = []
+    rows, to_replays = [], []
     for index, (name, powers, contexts) in enumerate(
         zip(unknowns.names, unknowns.regimes, unknowns.contexts, strict=True)
     ):
@@ -219,20 +227,62 @@ def _ties(
             row = np.zeros(count)
             row[[left, left + 1]] = np.array([1.0, -1.0]) / (REGIME_SIGMA * size_j)
             rows.append(row)
+            to_replays.append(False)
         own = range(first + len(powers), first + len(powers) + len(contexts))
         for unknown, context in zip(own, contexts, strict=True):
             row = np.zeros(count)
             row[unknown] = 1.0
             if powers:
-                more = len(guess_j) + 2 * shared.index(context)
+                more = len(guess_j) + len(shared) + 2 * shared.index(context)
                 row[[more, more + 1]] = [-size_j, size_j]
                 for knot, weight in unknowns.weights(name, "", regimes[context]).items():
                     row[knot] -= weight
-                rows.append(row / (CONTEXT_SIGMA * size_j))
+                rows.append(row / (context_sigma * size_j))
+                to_replays.append(True)
             elif unknown > first:
                 row[first] = -1.0
                 rows.append(row / (REGIME_SIGMA * size_j))
-    return np.array(rows).reshape(-1, count)
+                to_replays.append(False)
+    return np.array(rows).reshape(-1, count), np.array(to_replays, bool)
+
+
+def _context_sigma(
+    unknowns: Unknowns, windows: Sequence[Window], dynamic_j: np.ndarray, values_j: np.ndarray, doubt: FloorDoubt
+) -> tuple[float, int]:
+    """Return by how much of itself a launch costs more or less in a run than in replays, and how well that is known.
+
+    A phase that takes other than its replays say shows it: as if each launch were off for itself, for that all were off
+    together cannot be told from one phase. What else it may come from, classes that were not replayed and the floor,
+    counts against it.
+    """
+    shown = []
+    replayed = {name for name, powers in zip(unknowns.names, unknowns.regimes, strict=True) if powers}
+    for context in sorted({w.context for w in windows if w.context}):
+        own = [i for i, w in enumerate(windows) if w.context == context]
+        window = windows[own[0]]
+        parts_j = []
+        other_j = 0.0
+        for name, count in window.launches.items():
+            by = "" if name in replayed else context
+            weights = unknowns.weights(name, by, window.regime)
+            joule = count * sum(weight * float(values_j[unknown]) for unknown, weight in weights.items())
+            if name in replayed:
+                parts_j.append(joule)
+            else:
+                other_j += joule
+        total_j = sum(parts_j)
+        if total_j <= 0:
+            continue
+        seen_j = float(np.mean(dynamic_j[own])) - other_j
+        floor_j = math.hypot(doubt.level_w, doubt.slope_w_per_c * window.degrees) * window.seconds
+        ticks_j = math.hypot(TICK_SIGMA_J, GAIN_SIGMA * window.energy_j) / math.sqrt(len(own))
+        other = math.hypot(PRIOR_SIGMA * other_j, floor_j, ticks_j) / total_j
+        together = sum((joule / total_j) ** 2 for joule in parts_j)
+        shown.append((seen_j / total_j - 1) ** 2 / (together + (other / CONTEXT_SIGMA) ** 2))
+    # What cancels out in one phase another may show.
+    square = CONTEXT_FREEDOM * CONTEXT_SIGMA**2 + len(shown) * max(shown, default=0.0)
+    freedom = CONTEXT_FREEDOM + len(shown)
+    return math.sqrt(square / freedom), freedom
 
 
 def _alone_j(windows: Sequence[Window], dynamic_j: np.ndarray, name: str) -> float:
@@ -251,58 +301,15 @@ class _Problem:
 
     counts: np.ndarray
     sigma_j: np.ndarray
-    width_j: np.ndarray
+    width: np.ndarray
     ties: np.ndarray
 
-    def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (how many sigmas the ties are off).
-
-        *prior_j* and the ties also hold what is common to each context, up and down; of that the difference is the
-        second part of the solution.
-        """
-        own = self.counts.shape[1]
-        width = np.append(self.width_j, np.full(self.ties.shape[1] - own, COMMON_SIGMA))
-        counts = np.hstack([self.counts, np.zeros((len(self.counts), len(width) - own))])
-        rows = np.vstack([counts * width / self.sigma_j[:, None], np.eye(len(width)), self.ties * width])
-        right = np.hstack([dynamic_j / self.sigma_j, prior_j / width, apart])
-        found = nnls_many(rows, right) * width
-        return found[:, :own], found[:, own::2] - found[:, own + 1 :: 2]
-
-
-def _prior_weights(
-    windows: Sequence[Window],
-    traits: Mapping[str, tuple[float, float, float]],
-    dynamic_j: np.ndarray,
-    sigma_j: np.ndarray,
-) -> np.ndarray:
-    """Return joules per filled second, byte and FLOP that explain the windows best by themselves, by their logarithms.
-
-    A guess is as good as the factor by which it is wrong; squares of joules would let the largest products set the
-    weights of all else, squares of shares would prefer to guess too little. Each weight is held to what explains a
-    third of the median window, loosely.
-    """
-    together = np.array([np.sum([np.array(traits[n]) * k for n, k in w.launches.items()], axis=0) for w in windows])
-    seen = (dynamic_j > 3 * sigma_j) & (together[:, 0] > 0)
-    weights = np.zeros(together.shape[1])
-    if not seen.any():
-        return weights
-    together, joules = together[seen], dynamic_j[seen]
-    used = np.flatnonzero((together > 0).any(axis=0))
-    together = together[:, used]
-    with np.errstate(divide="ignore"):
-        alone = np.where(together > 0, joules[:, None] / together, np.nan)
-    begin = np.log(np.nanmedian(alone, axis=0) / len(used))
-    found = begin.copy()
-    for _ in range(50):
-        parts = together * np.exp(found)
-        model = parts.sum(axis=1)
-        slope = parts / model[:, None] / PRIOR_FIT_SIGMA
-        off = np.log(joules / model) / PRIOR_FIT_SIGMA
-        square = slope.T @ slope + np.eye(len(found)) / PRIOR_HOLD_SIGMA**2
-        step = np.linalg.solve(square, slope.T @ off - (found - begin) / PRIOR_HOLD_SIGMA**2)
-        found += np.clip(step, -1.0, 1.0)
-    weights[used] = np.exp(found)
-    return weights
+    def solved(self, dynamic_j: np.ndarray, prior_j: np.ndarray, apart: np.ndarray) -> np.ndarray:
+        """Return a solution for each row of *dynamic_j*, *prior_j* and *apart* (how many sigmas the ties are off)."""
+        width = self.width
+        rows = np.vstack([self.counts * width / self.sigma_j[:, None], np.eye(len(width)), self.ties * width])
+        found: np.ndarray = nnls_many(rows, np.hstack([dynamic_j / self.sigma_j, prior_j / width, apart])) * width
+        return found
 
 
 def _separable(

@@ -15,9 +15,10 @@ from llmkern.attribute.energy.counter import EnergyCurve, counter_of
 from llmkern.attribute.energy.floor import Floor, FloorDoubt, mean_reading, mean_temperature
 from llmkern.attribute.energy.phases import Weighed
 from llmkern.attribute.split.account import PhaseAccount
-from llmkern.attribute.split.estimator import PRIOR_SIGMA, Features, Marginals, estimate_marginals
+from llmkern.attribute.split.estimator import Marginals, estimate_marginals
 from llmkern.attribute.split.kernel_classes import Launched
 from llmkern.attribute.split.kernel_joules import MarginalJoules
+from llmkern.attribute.split.prior import PRIOR_SIGMA, Features
 from llmkern.attribute.split.unknowns import Window
 from llmkern.runfolder import RunFolder
 
@@ -150,7 +151,7 @@ def gather(
     windows = list(replay_windows(replays, curve, weighed, _of_device(run, sensor[1]), work).values())
     small = _small(features, steps, {name for window in windows for name in window.launches})
     features |= _of_small(features, small)
-    windows += [w for phase, frame in steps.items() for w in _run_windows(weighed, phase, frame, small)]
+    windows += [w for phase, frame in steps.items() for w in _run_windows(weighed, accounts[phase], frame, small)]
     limit_mw = run.facts.device.power_limit_mw
     limit_w = math.inf if limit_mw is None else limit_mw / 1e3
     windows = _of_one_measure([w for w in windows if w.launches and set(w.launches) <= set(features)])
@@ -258,18 +259,23 @@ def _is_whole(kernel: object) -> bool:
     return not isinstance(kernel, str)
 
 
-def _run_windows(weighed: Weighed, phase: str, steps: pd.DataFrame, small: Mapping[str, float]) -> list[Window]:
+def _run_windows(
+    weighed: Weighed, account: PhaseAccount, steps: pd.DataFrame, small: Mapping[str, float]
+) -> list[Window]:
     """Return the weigh windows as prefills or tokens: round by round one of each phase, by difference."""
     floor: Floor | None = weighed.floor
     assert floor is not None
-    weight = weighed.phases[phase]
+    phase, weight = account.phase, account.weight
     celsius, clock_mhz = weighed.temperature_of(phase), weighed.clock_mhz.get(phase)
     floor_w, degrees = floor.at(celsius).value, floor.degrees(celsius)
     units = max(1.0, round(_RUN_WINDOW_S / weight.latency_s.value))
     launches: dict[str, float] = defaultdict(float)
     for name, count in steps["launches"].items():
         launches[SMALL if name in small else str(name)] += float(count) * units * small.get(str(name), 1.0)
-    where = (phase, degrees, 0.0, clock_mhz)
+    # The mean of all: that a slower round takes more above the floor (1.5 to 5 W on H100s) may as well come from
+    # kernels that find a board at rest.
+    idle_s = max(0.0, weight.latency_s.value - account.busy_s) * units
+    where = (phase, degrees, 0.0, clock_mhz, idle_s)
     samples = zip(weight.energy_samples_j, weight.latency_samples_s, strict=True)
     return [
         Window(f"run {phase} {i}", energy_j * units, latency_s * units, floor_w, launches, *where)

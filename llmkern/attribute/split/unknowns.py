@@ -22,7 +22,7 @@ class Window:
 
     *context* names the phase of the run that it saw, "" is a replay; *degrees* is by how many °C it was warmer than
     where the floor is known best. The sum of launches times joules may be off by the share *apart* of itself (one
-    sigma): kernels leave one another's data in the caches.
+    sigma): kernels leave one another's data in the caches. For *idle_s* of it no kernel ran but the host worked.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Window:
     degrees: float = 0.0
     apart: float = 0.0
     clock_mhz: float | None = None
+    idle_s: float = 0.0
 
     @property
     def mean_w(self) -> float:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkern.attribute.split.estimator import Features, FloorDoubt, Marginals, estimate_marginals
+from llmkern.attribute.split.estimator import FloorDoubt, Marginals, estimate_marginals
+from llmkern.attribute.split.prior import Features
 from llmkern.attribute.split.unknowns import Window
 from llmkern.estimate import Estimate
 
