@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,23 +21,49 @@ Work = Callable[[], object]
 
 
 @dataclass(frozen=True)
+class Series:
+    """An operator of one main kernel and of *counts* minor ones: *make* a call with so many, their names by *minor*."""
+
+    make: Callable[[torch.device, int], Work]
+    minor: str
+    counts: tuple[int, ...] = (0, 4, 8)
+
+
+@dataclass(frozen=True)
 class Plant:
-    """Work that runs behind every *every*-th layer in *phase*; *is_gap*: it is idle time of the device, no kernel."""
+    """Work that runs behind every *every*-th layer in *phase*; *is_gap*: it is idle time of the device, no kernel.
+
+    Where no operator launches its kernels, *kernel* finds them by their names. Of a *series* the work is the last.
+    """
 
     name: str
     every: int
     make: Callable[[torch.device], Work]
     phase: str = "decode"
     is_gap: bool = False
+    kernel: str = ""
+    series: Series | None = None
 
 
 class Planted:
-    """A plant in a model: how often it ran, and for how long the host was in it."""
+    """A plant in a model: how often it ran, and for how long the host was in it.
 
-    def __init__(self, model: torch.nn.Module, plant: Plant, work: Work, annotator: Annotator | None) -> None:
-        self._layers = decoder_layers(model)[:: plant.every]
-        self._plant, self._work, self._note = plant, work, annotator
-        self.calls_per_step = len(self._layers)
+    *turn* (i, n): of the layers that it may stand behind only each n-th, from the i-th. It runs *again* at each.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        plant: Plant,
+        work: Work,
+        annotator: Annotator | None,
+        *,
+        turn: tuple[int, int] = (0, 1),
+        again: int = 1,
+    ) -> None:
+        self._layers = decoder_layers(model)[:: plant.every][turn[0] :: turn[1]]
+        self.plant, self._work, self._note, self._again = plant, work, annotator, again
+        self.calls_per_step = len(self._layers) * again
         self.seconds = 0.0
 
     @contextmanager
@@ -49,14 +76,15 @@ class Planted:
 
     def _after(self, _module: object, _args: object, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if ("decode" if hidden.shape[1] == 1 else "prefill") != self._plant.phase:
+        if ("decode" if hidden.shape[1] == 1 else "prefill") != self.plant.phase:
             return
         begin_s = time.perf_counter()
-        if self._note is None:
-            self._work()
-        else:
-            with self._note.range(self._plant.name, CATEGORY):
+        for _ in range(self._again):
+            if self._note is None:
                 self._work()
+            else:
+                with self._note.range(self.plant.name, CATEGORY):
+                    self._work()
         self.seconds += time.perf_counter() - begin_s
 
 
@@ -177,20 +205,104 @@ def _in_graph(make_work: Callable[[torch.device], Work], times: int) -> Callable
     return make
 
 
+def _products(device: torch.device, count: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Return what gives a row and one of *count* weights of 18944 x 3584, each in its turn, so that none is in L2."""
+    row = torch.randn(1, 3584, device=device, dtype=torch.bfloat16)
+    weights = [torch.randn(18944, 3584, device=device, dtype=torch.bfloat16) for _ in range(count)]
+    turn = itertools.cycle(weights)
+    return lambda: (row, next(turn))
+
+
+def _gemv(device: torch.device) -> Work:
+    operands = _products(device, 4)
+
+    def work() -> object:
+        row, weight = operands()
+        return row @ weight.t()
+
+    return work
+
+
+@torch.library.custom_op("llmkern_bench::product_and_casts", mutates_args=())
+def _product_and_casts(row: torch.Tensor, weight: torch.Tensor, other: torch.Tensor, casts: int) -> torch.Tensor:
+    result = row @ weight.t()
+    for _ in range(casts):
+        other.to(torch.float16)
+    return result
+
+
+def _product_with_casts(device: torch.device, casts: int) -> Work:
+    """A product of one row and so many casts of 512 x 3584, all launched by one operator."""
+    operands, other = _products(device, 4), torch.randn(512, 3584, device=device, dtype=torch.bfloat16)
+    return lambda: _product_and_casts(*operands(), other, casts)
+
+
+def _sizes(count: int) -> Callable[[torch.device], Work]:
+    """Products of as many sizes as *count*, so many that they are not all replayed."""
+
+    def make(device: torch.device) -> Work:
+        every = [torch.randn((4 + i) * 2**18, device=device) for i in range(count)]
+
+        def work() -> None:
+            for x in every:
+                x * x
+
+        return work
+
+    return make
+
+
+def _then_sleeps(make_work: Callable[[torch.device], Work], seconds: float) -> Callable[[torch.device], Work]:
+    def make(device: torch.device) -> Work:
+        work = make_work(device)
+
+        def both() -> None:
+            work()
+            torch.cuda.synchronize(device)
+            time.sleep(seconds)
+
+        return both
+
+    return make
+
+
+def _int8_product(device: torch.device) -> Work:
+    from bitsandbytes import functional
+
+    rows = torch.randint(-127, 127, (16, 3584), device=device, dtype=torch.int8)
+    weights = [torch.randint(-127, 127, (18944, 3584), device=device, dtype=torch.int8) for _ in range(6)]
+    turn = itertools.cycle(weights)
+    return lambda: functional.int8_linear_matmul(rows, next(turn))
+
+
 GPU_PLANTS = [
     Plant("copy 256 MB", 1, _copy(256)),
-    Plant("bf16 GEMM 4096", 2, _product(4096, torch.bfloat16)),
-    Plant("fp32 GEMM 2048", 2, _product(2048, torch.float32)),
+    Plant("bf16 GEMM 4096", 1, _product(4096, torch.bfloat16)),
+    Plant("fp32 GEMM 2048", 1, _product(2048, torch.float32)),
     Plant("NF4 dequantize 3584x18944", 1, _dequantize(3584, 18944)),
     Plant("softmax 4096x8192", 1, _softmax(4096, 8192)),
-    Plant("100 tiny kernels", 1, _storm(100, 2**20)),
+    Plant("100 kernels of 2 us", 1, _storm(100, 2**20)),
+    Plant("gelu 128 MB", 1, _gelu(128)),
+    Plant("copy 256 MB on a second stream", 1, _second_stream(_copy(192))),
+    Plant("20 gelu of 8 MB in a CUDA graph", 1, _in_graph(_gelu(8), 20), kernel="[Gg]elu"),
     Plant("host sleeps 0.5 ms", 1, _sleep(0.0005), is_gap=True),
     Plant("host synchronises, 0.3 ms", 1, _synchronise(0.0003), is_gap=True),
-    Plant("copy 256 MB on a second stream", 1, _second_stream(_copy(256))),
-    Plant("20 gelu of 8 MB in a CUDA graph", 1, _in_graph(_gelu(8), 20)),
+    Plant("16 sizes of a product", 1, _sizes(16)),
+    Plant(
+        "product of one row and 8 casts",
+        1,
+        lambda device: _product_with_casts(device, 8),
+        series=Series(_product_with_casts, "float16_copy|direct_copy|unrolled_elementwise|vectorized_elementwise"),
+    ),
     Plant("bf16 GEMM 8192 in prefill, power cap", 1, _product(8192, torch.bfloat16), "prefill"),
-    Plant("bf16 GEMM 8192", 7, _product(8192, torch.bfloat16)),
-    Plant("gelu 128 MB", 1, _gelu(128)),
+    Plant("fp32 GEMM 4096 in prefill, then idle", 1, _then_sleeps(_product(4096, torch.float32), 0.001), "prefill"),
+]
+# For a loop that is idle most of the time: planted at int8.
+IDLE_PLANTS = [
+    Plant("product of one row", 1, _gemv),
+    Plant("int8 product of 16 rows", 1, _int8_product),
+    Plant("softmax 4096x8192", 1, _softmax(4096, 8192)),
+    Plant("host sleeps 0.5 ms", 1, _sleep(0.0005), is_gap=True),
 ]
 CPU_PLANTS = [
     Plant("fp32 GEMM 512", 1, _product(512, torch.float32)),
