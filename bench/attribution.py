@@ -116,7 +116,7 @@ class Guesses:
         joules = account.joules
         assert isinstance(joules, MarginalJoules)
         assert account.floor_w is not None
-        launches = own.groupby("kernel_class", observed=True)["launches"].sum() / calls
+        launches = (own.groupby("kernel_class", observed=True)["launches"].sum() / calls).to_dict()
         counts = np.array([float(launches.get(found, 0.0)) for found in joules.classes])
         by_account = Estimate.of(float(joules.launch_j @ counts), joules.launch_draws_j @ counts)
         own_s, all_s = (float(rows["duration_ns"].sum()) / 1e9 for rows in (own, kernels))
