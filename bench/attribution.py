@@ -5,11 +5,11 @@ python -m bench.attribution --model qwen-7b --precision bf16 int8
 One run is recorded with every plant in it, each behind layers of its own. Estimate: what the account of that run says
 of exactly that operator, kernel or gap; it knows nothing of the truth windows. Truth: windows of the generation with
 one plant behind every layer and without any, in random order; the counter's energy above the idle floor, with minus
-without, per call. Of a gap (a host that sleeps or thinks) it is the energy of its time: the counter less the floor of
-the time outside it. Of the kernels of one operator it is the slope over how many of them it launches. Held: the
-interval of their difference holds zero. A case whose truth is not known to a tenth is none. Beside it what two common
-ways to attribute say of the same run: every kernel at equal power, and NVML's instant power (field 186) times the
-kernel's duration.
+without, per call. In a prefill, where the power cap may hold, with all as they were recorded and without one. Of a
+gap (a host that sleeps or thinks) it is the energy of its time: the counter less the floor of the time outside it. Of
+the kernels of one operator it is the slope over how many of them it launches. Held: the interval of their difference
+holds zero. A case whose truth is not known to a tenth is none. Beside it what two common ways to attribute say of the
+same run: every kernel at equal power, and NVML's instant power (field 186) times the kernel's duration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import math
 import os
 import tempfile
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.planted import CATEGORY, CPU_PLANTS, GPU_PLANTS, IDLE_PLANTS, Plant, Planted, Work, signatures_of
+from bench.planted import CATEGORY, CPU_PLANTS, GPU_PLANTS, IDLE_PLANTS, Plant, Planted, Work, growing, signatures_of
 from bench.result import case, metric, write
 from bench.truth import slope, truths
 from bench.workload import loaded_at, published, rig_of
@@ -43,13 +42,13 @@ from llmkern.runfolder import RunFolder
 from llmkern.session import keep_replays, record
 from llmkern.text import with_interval
 
-# Of a plant of one kernel or of none, of the main kernel of several, and of the others.
-LIMITS = {"single": 0.08, "main": 0.05, "minor": 0.30}
+# Of a plant of one kernel or of none, of the main kernel of several, of the others, and of what was not replayed.
+LIMITS = {"single": 0.08, "main": 0.05, "minor": 0.30, "never": math.inf}
 # Better than this the truth has to be known.
 TRUTH_DOUBT = 0.10
 NEW_TOKENS = 33
 # In a truth window a plant runs so often that a step takes about so much more.
-TRUTH_J, MOST_AGAIN = 1.5, 40
+TRUTH_J, MOST_AGAIN = 4.0, 40
 
 
 @dataclass(frozen=True)
@@ -88,9 +87,12 @@ class Guesses:
         kernels = self._found.kernels[self._found.kernels["phase"] == plant.phase]
         own = self._own(plant, kernels)
         if plant.series is None:
-            return [self._of_kernels(plant.name, "single", account, kernels, own, planted.calls_per_step)]
+            replayed = set(self._found.marginals.replayed) if self._found.marginals is not None else set()
+            seen = own["kernel_class"].astype(str).isin(replayed).mean() > 0.5
+            kind = "single" if seen else "never"
+            return [self._of_kernels(plant.name, kind, account, kernels, own, planted.calls_per_step)]
         minor = own["name"].astype(str).str.contains(plant.series.minor)
-        calls, casts = planted.calls_per_step, plant.series.counts[-1]
+        calls, casts = planted.calls_per_step, plant.series.recorded
         return [
             self._of_kernels(f"{plant.name}: the product", "main", account, kernels, own[~minor], calls),
             self._of_kernels(f"{plant.name}: a cast", "minor", account, kernels, own[minor], calls * casts),
@@ -99,7 +101,7 @@ class Guesses:
     def _own(self, plant: Plant, kernels: pd.DataFrame) -> pd.DataFrame:
         if not plant.kernel:
             return kernels[kernels["signature"].isin(list(self._signatures[plant.name]))]
-        others = {signature for found in self._signatures.values() for signature in found}
+        others = {s for name, found in self._signatures.items() if name != plant.name for s in found}
         return kernels[kernels["name"].astype(str).str.contains(plant.kernel) & ~kernels["signature"].isin(others)]
 
     def _of_gap(self, planted: Planted, account: PhaseAccount) -> Guess:
@@ -191,22 +193,25 @@ def _known(
 ) -> list[Estimate]:
     """Return the truth of each of *guesses*, in their order."""
     found: dict[str, Estimate] = {}
-    for phase in ("decode", "prefill"):
-        growing: dict[str, Planted] = {}
-        for own, work in planted:
-            plant = own.plant
-            if plant.phase != phase:
-                continue
-            step_j = Planted(rig.model, plant, work, None).calls_per_step * guesses[plant.name][0].account.value
-            again = int(np.clip(math.ceil(TRUTH_J / max(step_j, 1e-6)), 1, MOST_AGAIN))
-            works = {plant.name: work}
-            if plant.series is not None:
-                make, device = plant.series.make, next(rig.model.parameters()).device
-                works = {f"{plant.name} {count}": make(device, count) for count in plant.series.counts}
-            growing |= {name: Planted(rig.model, plant, one, None, again=again) for name, one in works.items()}
-        if growing:
-            new_tokens = NEW_TOKENS if phase == "decode" else 1
-            found |= truths(rig, growing, phase, new_tokens, rounds)
+    decode, prefill = ([p for p, _ in planted if p.plant.phase == phase] for phase in ("decode", "prefill"))
+    alone: dict[str, Planted] = {}
+    for own, work in planted:
+        plant, works = own.plant, {own.plant.name: work}
+        if own not in decode:
+            continue
+        if plant.series is not None:
+            make, device = plant.series.make, next(rig.model.parameters()).device
+            works = {f"{plant.name} {count}": make(device, count) for count in plant.series.counts}
+        step_j = Planted(rig.model, plant, work, None).calls_per_step * guesses[plant.name][0].account.value
+        # A host that waits again has nothing left to wait for.
+        again = 1 if plant.is_gap else int(np.clip(math.ceil(TRUTH_J / max(step_j, 1e-6)), 1, MOST_AGAIN))
+        alone |= {name: Planted(rig.model, plant, one, None, again=again) for name, one in works.items()}
+    if alone:
+        found |= truths(rig, alone, NEW_TOKENS, rounds)
+    if prefill:
+        # What they take depends on the power that all of them draw together: each is taken away from all.
+        quiet = {p.plant.name: p.quiet() for p in prefill}
+        found |= truths(rig, quiet, 1, rounds, taken_away=True)
     result: list[Estimate] = []
     for own, _ in planted:
         series = own.plant.series
@@ -243,9 +248,7 @@ def judged(device: Device, plants: list[Plant], arguments: argparse.Namespace, p
                 work = plant.make(device.torch_device)
                 turn = (index, len(own))
                 planted.append((Planted(loaded.model, plant, work, rig.annotator, turn=turn), work))
-        with ExitStack() as stack:
-            for one, _ in planted:
-                stack.enter_context(one.growing())
+        with growing(one for one, _ in planted):
             run = recorded(rig)
         told = Guesses(run, planted)
         guesses = {one.plant.name: told.of(one) for one, _ in planted}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,18 +22,22 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Series:
-    """An operator of one main kernel and of *counts* minor ones: *make* a call with so many, their names by *minor*."""
+    """An operator of one main kernel and of minor ones: *make* a call with so many of these, their names by *minor*.
+
+    As many as *recorded* are in the run; the truth is the slope over *counts*.
+    """
 
     make: Callable[[torch.device, int], Work]
     minor: str
-    counts: tuple[int, ...] = (0, 4, 8)
+    recorded: int = 8
+    counts: tuple[int, ...] = (0, 16)
 
 
 @dataclass(frozen=True)
 class Plant:
     """Work that runs behind every *every*-th layer in *phase*; *is_gap*: it is idle time of the device, no kernel.
 
-    Where no operator launches its kernels, *kernel* finds them by their names. Of a *series* the work is the last.
+    Where no operator launches its kernels, *kernel* finds them by their names.
     """
 
     name: str
@@ -43,6 +47,15 @@ class Plant:
     is_gap: bool = False
     kernel: str = ""
     series: Series | None = None
+
+
+@contextmanager
+def growing(planted: Iterable[Planted]) -> Iterator[None]:
+    """Let all of *planted* grow for the time."""
+    with ExitStack() as stack:
+        for one in planted:
+            stack.enter_context(one.growing())
+        yield
 
 
 class Planted:
@@ -61,10 +74,15 @@ class Planted:
         turn: tuple[int, int] = (0, 1),
         again: int = 1,
     ) -> None:
+        self._model, self._turn = model, turn
         self._layers = decoder_layers(model)[:: plant.every][turn[0] :: turn[1]]
         self.plant, self._work, self._note, self._again = plant, work, annotator, again
         self.calls_per_step = len(self._layers) * again
         self.seconds = 0.0
+
+    def quiet(self) -> Planted:
+        """Return the same without ranges of its own."""
+        return Planted(self._model, self.plant, self._work, None, turn=self._turn, again=self._again)
 
     @contextmanager
     def growing(self) -> Iterator[None]:

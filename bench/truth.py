@@ -6,13 +6,12 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from bench.planted import Planted
+from bench.planted import Planted, growing
 from llmkern.attribute.energy.counter import EnergyCurve
 from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
 from llmkern.estimate import Estimate, from_samples
@@ -84,27 +83,28 @@ class _Seen:
     planted_s: float
 
 
-def truths(rig: Rig, planted: Mapping[str, Planted], phase: str, new_tokens: int, rounds: int) -> dict[str, Estimate]:
+def truths(
+    rig: Rig, planted: Mapping[str, Planted], new_tokens: int, rounds: int, *, taken_away: bool = False
+) -> dict[str, Estimate]:
     """Return the J of one call of each of *planted* by the counter: above the floor, of a gap all of them.
 
-    A round has a window of each, in random order, and some without anything planted: what these took is taken off.
+    A round has a window with each, in random order, and some without any: what these took is taken off. If they are to
+    be *taken_away*, a window is without one of them and the others have all.
     """
-    counter, shuffled = Counter(rig), random.Random(phase)
+    counter, shuffled = Counter(rig), random.Random(new_tokens)
     rests, seen = [counter.rest()], []
     for round_ in range(rounds):
         names: list[str | None] = [*planted, *[None] * max(2, len(planted) // _WITHOUT)]
         shuffled.shuffle(names)
         for number, name in enumerate(names):
-            own = planted[name] if name is not None else None
-            if own is not None:
-                own.seconds = 0.0
-            with own.growing() if own is not None else nullcontext():
+            there = [one for other, one in planted.items() if (other == name) != taken_away]
+            with growing(there):
                 # What grew only now is slow at first.
                 rig.generation(min(2, new_tokens))
-                if own is not None:
-                    own.seconds = 0.0
+                for one in there:
+                    one.seconds = 0.0
                 span = counter.window(lambda: rig.generation(new_tokens), WINDOW_S)
-            gap_s = own.seconds if own is not None and own.plant.is_gap else 0.0
+            gap_s = sum(one.seconds for one in there if one.plant.is_gap)
             seen.append(_Seen(name, round_, *span, gap_s))
             if number % _BETWEEN_RESTS == _BETWEEN_RESTS - 1:
                 rests.append(counter.rest())
@@ -116,11 +116,11 @@ def truths(rig: Rig, planted: Mapping[str, Planted], phase: str, new_tokens: int
     for window in seen:
         above_j = _above_floor_j(curve, floor, temperature, window)
         joules[window.what][window.round].append(above_j / window.count)
-    without = {round_: float(np.median(found)) for round_, found in joules[None].items()}
-    steps = max(1, new_tokens - 1)
+    others = {round_: float(np.median(found)) for round_, found in joules[None].items()}
+    steps = (-1 if taken_away else 1) * max(1, new_tokens - 1)
     return {
         name: from_samples(
-            [(found[0] - without[round_]) / own.calls_per_step / steps for round_, found in joules[name].items()]
+            [(found[0] - others[round_]) / own.calls_per_step / steps for round_, found in joules[name].items()]
         )
         for name, own in planted.items()
     }

@@ -23,6 +23,7 @@ from llmkern.attribute.time.host_calls import HostTrace, host_of, read_host
 from llmkern.attribute.time.operators import Identified, Inspected, identify, read_inspected
 from llmkern.attribute.time.per_unit import OP_COLUMNS, operators, tally_kernels, tally_neighbours
 from llmkern.attribute.time.recorder_effect import recorder_effects
+from llmkern.attribute.time.stretch import without_recorder
 from llmkern.attribute.time.timeline import Timeline, read_timeline
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
@@ -100,15 +101,22 @@ class Attribution:
 
     @cached_property
     def gaps(self) -> pd.DataFrame:
-        """Return the gaps of one unit of each phase by cause and operator (see tally_gaps); empty without calls."""
+        """Return the gaps of one unit of each phase by cause and operator (see tally_gaps); empty without calls.
+
+        They are as long as in the weighed run.
+        """
         if self.host_trace is not None:
-            return self.host_trace.gaps
+            return without_recorder(self.host_trace.gaps, self._gap_s)
         return pd.DataFrame(columns=["phase", "cause", "kind", "op", "module", "layer", "launches", "duration_ns"])
+
+    @property
+    def _gap_s(self) -> dict[str, float]:
+        return {phase: account.gap_s.value for phase, account in self.accounts.items()}
 
     @cached_property
     def frame(self) -> pd.DataFrame:
         """Return a row per kernel name, gap neighbourhood and residual of one unit of each phase."""
-        neighbours = tally_neighbours(self.timeline)
+        neighbours = without_recorder(tally_neighbours(self.timeline), self._gap_s)
         rows = [part for account in self.accounts.values() for part in _rows(account, self.kernels, neighbours)]
         frame = pd.concat(rows or [TABLES["attribution"].empty_table().to_pandas()], ignore_index=True)
         return frame.assign(device=self.run.facts.device.index)
@@ -190,7 +198,7 @@ class Attribution:
     def split_gaps(self, phase: str, keys: list[str]) -> pd.DataFrame:
         """Return *keys* (columns of ``gaps``), launches (their count), duration_ns and energies per unit of *phase*.
 
-        Counts are those of the traced pass; times are scaled to the weighed gap time, which no recorder has lengthened.
+        Counts are those of the traced pass; times add up to the weighed gap time, which no recorder has lengthened.
         """
         return self.once(("gaps", phase, *keys), lambda: self.drawn_gaps(phase, keys)[0])
 
@@ -287,13 +295,10 @@ def _rows(account: PhaseAccount, kernels: pd.DataFrame, neighbours: pd.DataFrame
 
 
 def _gaps_at_floor(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> Drawn:
-    """Return gaps summed over *keys*: time scaled to the weighed gap time, energy at the floor."""
+    """Return gaps summed over *keys*: times as weighed, energy at the floor."""
     if account.gap_j is None or account.floor_w is None:
         by_gap, draws = without_energy(rows, keys), None
     else:
         # An idle device draws the same power everywhere, and what its host adds is known of all gaps together.
         by_gap, draws = EqualPower(account.gap_j, account.floor_w, account.gap_s.value).drawn(rows, keys)
-    # Weighed gaps also hold the time before the first and after the last kernel, and no recorder.
-    if by_gap["duration_ns"].sum() > 0:
-        by_gap["duration_ns"] *= account.gap_s.value * 1e9 / by_gap["duration_ns"].sum()
     return by_gap, draws

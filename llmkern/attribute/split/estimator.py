@@ -38,11 +38,13 @@ GAIN_SIGMA = 0.005
 REGIME_SIGMA = 0.15
 # By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): each for
 # itself, as if so many phases had shown it, and all of a phase together.
-CONTEXT_SIGMA, CONTEXT_FREEDOM = 0.04, 1
+CONTEXT_SIGMA, CONTEXT_FREEDOM = 0.03, 2
 COMMON_SIGMA = 0.05
 # What a busy host adds to an idle device: on an H100 0.4 W while it launches kernels of nothing, 1.5 W where it
 # launches one and waits for it without end; of other hosts and boards that is hardly known (Student, so many degrees).
 HOST_SIGMA_W, HOST_FREEDOM = 1.5, 3
+# The median of a square of one degree of freedom, of its mean.
+_MEDIAN_OF_ONE = 0.455
 # Signatures whose columns are this close to parallel cannot be told apart by any window.
 PARALLEL = 0.999
 
@@ -279,8 +281,8 @@ def _context_sigma(
         other = math.hypot(PRIOR_SIGMA * other_j, floor_j, ticks_j) / total_j
         together = sum((joule / total_j) ** 2 for joule in parts_j)
         shown.append((seen_j / total_j - 1) ** 2 / (together + (other / CONTEXT_SIGMA) ** 2))
-    # What cancels out in one phase another may show.
-    square = CONTEXT_FREEDOM * CONTEXT_SIGMA**2 + len(shown) * max(shown, default=0.0)
+    # What cancels out in one phase another may show, and half of what has one degree of freedom is below this mean.
+    square = CONTEXT_FREEDOM * CONTEXT_SIGMA**2 + len(shown) * max(shown, default=0.0) / _MEDIAN_OF_ONE
     freedom = CONTEXT_FREEDOM + len(shown)
     return math.sqrt(square / freedom), freedom
 

@@ -50,7 +50,7 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
                     energy_j,
                     time_s,
                     "idle floor (W) x weighed gap time, shared by the traced gaps of this cause",
-                    "the recorder lengthens gaps of all causes alike",
+                    "the recorder costs the host as much at every launch",
                     _NEXT[str(cause)],
                     readable(own, ["op", "module"]),
                 )
