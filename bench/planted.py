@@ -96,6 +96,9 @@ class Planted:
         hidden = output[0] if isinstance(output, tuple) else output
         if ("decode" if hidden.shape[1] == 1 else "prefill") != self.plant.phase:
             return
+        if self.plant.is_gap and hidden.is_cuda:
+            # Until the device has nothing to do the host's time is no gap.
+            torch.cuda.synchronize(hidden.device)
         begin_s = time.perf_counter()
         for _ in range(self._again):
             if self._note is None:
@@ -178,13 +181,11 @@ def _sleep(seconds: float) -> Callable[[torch.device], Work]:
     return lambda _device: lambda: time.sleep(seconds)
 
 
-def _synchronise(seconds: float) -> Callable[[torch.device], Work]:
-    """A host that waits for the device and then thinks for a while."""
+def _spin(seconds: float) -> Callable[[torch.device], Work]:
+    """A host that thinks for a while."""
 
-    def make(device: torch.device) -> Work:
+    def make(_device: torch.device) -> Work:
         def work() -> None:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
             end_s = time.perf_counter() + seconds
             while time.perf_counter() < end_s:
                 pass
@@ -304,7 +305,7 @@ GPU_PLANTS = [
     Plant("copy 256 MB on a second stream", 1, _second_stream(_copy(192))),
     Plant("20 gelu of 8 MB in a CUDA graph", 1, _in_graph(_gelu(8), 20), kernel="[Gg]elu"),
     Plant("host sleeps 0.5 ms", 1, _sleep(0.0005), is_gap=True),
-    Plant("host synchronises, 0.3 ms", 1, _synchronise(0.0003), is_gap=True),
+    Plant("host spins for 0.5 ms", 1, _spin(0.0005), is_gap=True),
     Plant("16 sizes of a product", 1, _sizes(16)),
     Plant(
         "product of one row and 8 casts",
