@@ -20,6 +20,10 @@ class Book:
     values: dict[str, Any]
 
 
+# By how much counters of boards differ: Yang, Adámek and Armour, SC24, arXiv:2312.02741.
+GAIN_SHARE = 0.05
+
+
 def books(attribution: Attribution) -> list[Book]:
     """Return the entries that the run allows."""
     found = []
@@ -58,7 +62,13 @@ def _weighed(weighed: Weighed) -> list[Book]:
                 "residual_j": weighed.residual_j,
                 "residual_share": share,
             },
-        )
+        ),
+        Book(
+            "gain",
+            f"All joules have the gain of this board's counter, off by up to {GAIN_SHARE:.0%}; it cancels in shares "
+            "and ratios.",
+            {"gain_share": GAIN_SHARE},
+        ),
     ]
     if weighed.samples_j is not None:
         apart = weighed.samples_j / weighed.counter_j - 1
