@@ -94,3 +94,31 @@ def test_a_query_of_the_written_table_gives_the_reports_answer() -> None:
     (told,) = recorded("int8").split_gaps("decode", ["cause"]).query("cause == 'launch_bound'")["energy_j"]
     assert gaps["energy_j"].sum() == pytest.approx(told)
     assert gaps["module"].str.contains("self_attn").any()
+
+
+@pytest.fixture(scope="module")
+def apart() -> Attribution:
+    """An int8 run whose small kernels were replayed alone."""
+    return attribute(RunFolder(RUN.with_name("h100-qwen-7b-int8-apart")))
+
+
+def test_replays_alone_predict_the_counter(apart: Attribution) -> None:
+    assert set(apart.closures) == {"prefill", "decode"}
+    assert abs(apart.closures["prefill"].error.value) < 0.05
+    assert abs(apart.closures["decode"].error.value) < 0.03
+
+
+def test_small_kernels_of_an_operator_have_their_own_joules(apart: Attribution) -> None:
+    kinds = apart.split("decode", ["kind"]).set_index("kind")
+    per_ns = kinds["dynamic_j"] / kinds["duration_ns"]
+    # By duration within an operator a cast would draw what the product beside it does; alone it draws some 10 W.
+    assert per_ns["cast"] * 1e9 < 30 < 150 < per_ns["gemv"] * 1e9
+    assert per_ns["dequantize"] * 1e9 < 30
+
+
+def test_all_gaps_of_a_phase_take_what_was_weighed(apart: Attribution) -> None:
+    for phase, account in apart.accounts.items():
+        gaps = apart.split_gaps(phase, ["cause"])
+        assert gaps["duration_ns"].sum() / 1e9 == pytest.approx(account.gap_s.value)
+        # What CUPTI did is in no weighed run.
+        assert gaps.loc[gaps["cause"] == "profiler", "duration_ns"].sum() == pytest.approx(0.0, abs=1e3)
