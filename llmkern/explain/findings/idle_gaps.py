@@ -49,7 +49,7 @@ def idle_gaps(attribution: Attribution) -> list[Finding]:
                     f"The device idles in {_gaps(own['launches'].sum())} because {_WHY[str(cause)]}{_mostly(own)}.",
                     energy_j,
                     time_s,
-                    "idle floor (W) x weighed gap time, shared by the traced gaps of this cause",
+                    "(idle floor + busy host, W) x weighed gap time, shared by the traced gaps of this cause",
                     "the recorder costs the host as much at every launch",
                     _NEXT[str(cause)],
                     readable(own, ["op", "module"]),

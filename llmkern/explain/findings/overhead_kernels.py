@@ -36,7 +36,7 @@ def overhead_kernels(attribution: Attribution) -> list[Finding]:
                 f"numbers: {kinds}. Their kernels take {_cost(kernel_j, kernel_s)}{around}.",
                 energy_j,
                 time_s,
-                "energy of the kernels of the kinds quantize, dequantize, outlier and cast + idle floor x the gaps "
+                "energy of the kernels of the kinds quantize, dequantize, outlier and cast + that of the gaps "
                 "that end with one of them",
                 "a gap belongs to the launch that ends it: without it, the device would not have waited for it",
                 "fuse the conversion into the product that needs it",

@@ -25,7 +25,7 @@ def token_boundary(attribution: Attribution) -> list[Finding]:
             "next inputs.",
             energy_j,
             time_s,
-            "idle floor (W) x weighed gap time, shared by the traced gaps between two forwards",
+            "(idle floor + busy host, W) x weighed gap time, shared by the traced gaps between two forwards",
             "the recorder costs the host as much at every launch",
             "keep sampling on the device, read the tokens back once at the end, or decode several sequences at once",
             readable(own, ["op"]),
