@@ -80,9 +80,9 @@ def page(statement: Statement, data: PageData) -> str:
 _METHOD = (
     "Latency and energy per phase were weighed with nothing in the process but a thread that reads the sensors; decode "
     "= (generate(n) - generate(1)) / (n - 1). Kernels and host calls were recorded by CUPTI in passes of their own.",
-    "Energy of a gap = (idle floor + what a busy host adds) x its time; energy of a kernel = idle floor x its "
-    "time + the joules that a launch adds, from replays of the operators alone where there are any, else by equal power. Kernels + gaps + residual = "
-    "what the counter moved. Intervals are 95 %.",
+    "Energy of a gap = (idle floor + what a busy host adds) x its time; energy of a kernel = idle floor x its time + "
+    "the joules that a launch adds, from replays of the operators alone where there are any, else by equal power. "
+    "Kernels + gaps + residual = what the counter moved. Intervals are 95 %.",
 )
 _TITLES = {
     "kinds": "Kernels by kind",
