@@ -31,7 +31,10 @@ class Schedule:
     launch before to this one, up to and after a wait; ``call_ns``: in the launch itself. ``waits``: whether the host
     waited for the device in between, and ``return_ns`` how long after the device was done it went on. ``latency_ns``
     from a launch to the start on an idle device, ``gap_ns`` between kernels that are queued. ``op``: row of ops;
-    ``name``: code of the kernel's name; ``inside``: in a forward, not between two.
+    ``name``: code of the kernel's name; ``inside``: in a forward, not between two. ``waits_inside``: every wait before
+    the kernel was in a forward too, which its launch alone does not say. ``lead_ns``: the host's time from the phase's
+    start to what is before its first launch, ``trail_ns``: from when it and the device were done with the last kernel
+    to the phase's end.
     """
 
     steps: int
@@ -45,8 +48,11 @@ class Schedule:
     waits: np.ndarray
     return_ns: np.ndarray
     duration_ns: np.ndarray
+    waits_inside: np.ndarray
     latency_ns: float
     gap_ns: float
+    lead_ns: float = 0.0
+    trail_ns: float = 0.0
 
     def latency_s(self, host_factor: float = 1.0) -> float:
         """Return the seconds per step, with the host's own times multiplied by *host_factor*."""
@@ -69,13 +75,18 @@ class Schedule:
             queued[last],
             at_launch[last] + call[last],
         )
-        host = device = ahead = 0.0
+        host, device, ahead = self.lead_ns * host_factor, 0.0, 0.0
         for until, returned, offset, most, done, issued in zip(*(s.tolist() for s in stretches), strict=True):
             offset += max(host + until, device) + returned
             ahead = max(ahead, offset + most)
             device = ahead + done
             host = offset + issued
-        return max(host, device) / 1e9 / self.steps
+        return (max(host, device) + self.trail_ns * host_factor) / 1e9 / self.steps
+
+    def host_times(self, factor: float) -> Schedule:
+        """Return the schedule with all of the host's own times multiplied by *factor*; waits keep theirs."""
+        fields = ("before_ns", "after_ns", "call_ns", "lead_ns", "trail_ns")
+        return replace(self, **{field: getattr(self, field) * factor for field in fields})
 
     def without(self, gone: np.ndarray) -> Schedule:
         """Return the schedule without the kernels *gone*, their host time and their waits."""
@@ -91,6 +102,7 @@ class Schedule:
             "waits",
             "return_ns",
             "duration_ns",
+            "waits_inside",
         )
         return replace(self, **{field: getattr(self, field)[kept] for field in fields})
 
@@ -128,8 +140,13 @@ def schedule(trace: HostTrace, phase: str) -> Schedule | None:
     issue, done = np.maximum.accumulate(issue), np.maximum.accumulate(done)
     previous = np.append(issue[0], done[:-1])
     own = np.where(new, np.maximum(0.0, issue - previous), 0.0)
-    waits, before, back = _waits(calls, issue, previous, own, end, base)
     forwards = trace.timeline.forwards
+    waits, waits_inside, before, back = _waits(calls, issue, previous, own, end, base, forwards)
+    # The middle steps of a phase have no edges of their own.
+    whole = len(rows) == (kernels["instance"] == instances[0]).sum()
+    edges = [phases[c].iloc[instances[0]] - base for c in ("start_ns", "end_ns")]
+    lead = max(0.0, issue[0] - edges[0]) if whole else 0.0
+    trail = max(0.0, edges[1] - max(done[-1], float(end.max()))) if whole else 0.0
     idle = np.append(True, issue[1:] > np.maximum.accumulate(end)[:-1])
     queued = np.append(False, done[1:] < end[:-1])
     close = (start[1:] - np.maximum.accumulate(end)[:-1])[queued[1:]]
@@ -145,29 +162,43 @@ def schedule(trace: HostTrace, phase: str) -> Schedule | None:
         waits,
         back[0],
         end - start,
+        waits_inside,
         float(np.median(np.maximum(0.0, (start - issue)[idle]))),
         float(np.median(np.maximum(0.0, close))) if len(close) >= 20 else GAP_NS,
+        lead,
+        trail,
     )
 
 
 def _waits(
-    calls: pd.DataFrame, issue: np.ndarray, previous: np.ndarray, own: np.ndarray, end: np.ndarray, base: float
-) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Return which kernels the host waited before, its time up to the wait, and (return, whole time of the wait)."""
+    calls: pd.DataFrame,
+    issue: np.ndarray,
+    previous: np.ndarray,
+    own: np.ndarray,
+    end: np.ndarray,
+    base: float,
+    forwards: pd.DataFrame,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Return which kernels the host waited before and which of them only in a forward.
+
+    Then its time up to the wait, and (return, whole time of the wait).
+    """
     names = calls["api"].astype("category").cat
     blocking = np.array([bool(re.search(WAITS, str(name))) for name in names.categories], bool)
     rows = calls[blocking[names.codes.to_numpy()]] if len(blocking) else calls.iloc[:0]
     begin, finish = (rows[c].to_numpy() - base for c in ("start_ns", "end_ns"))
     place = np.searchsorted(issue, begin, side="right")
     fits = (place > 0) & (place < len(issue))
-    waits = np.zeros(len(issue), bool)
+    in_forward = containing(rows["start_ns"].to_numpy(np.int64), forwards) != NONE
+    waits, inside = np.zeros(len(issue), bool), np.ones(len(issue), bool)
     before, returned, whole = (np.zeros(len(issue)) for _ in range(3))
     latest = np.maximum.accumulate(end)
-    for i, first, last in zip(place[fits], begin[fits], finish[fits], strict=True):
+    for i, first, last, within in zip(place[fits], begin[fits], finish[fits], in_forward[fits], strict=True):
         if not waits[i]:
             before[i] = max(0.0, first - previous[i])
         waits[i] = True
+        inside[i] &= within
         whole[i] += last - first
         returned[i] += last - min(last, max(first, latest[i - 1]))
     before = np.minimum(before, own)
-    return waits, before, (returned, np.minimum(whole, own - before))
+    return waits, waits & inside, before, (returned, np.minimum(whole, own - before))

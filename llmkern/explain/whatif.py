@@ -95,7 +95,8 @@ def _graph(case: _Case) -> _Change | None:
 def captured(plan: Schedule) -> Schedule:
     """Return *plan* with every forward launched as one graph: the host pays for it once and waits for nothing in it."""
     inside = plan.inside
-    first = inside & ~np.append(False, inside[:-1])
+    # Where the host waits between two forwards, the second is a graph of its own, even with no kernel in between.
+    first = inside & (~np.append(False, inside[:-1]) | (plan.waits & ~plan.waits_inside))
     nothing = np.zeros(len(inside))
     return replace(
         plan,
@@ -111,10 +112,10 @@ def captured(plan: Schedule) -> Schedule:
 def _without(case: _Case, wanted: Callable[[pd.DataFrame], np.ndarray]) -> _Change | None:
     """Return the case without the kernels *wanted* (of rows with kind and module) and without waits inside modules."""
     gone = wanted(case.planned)
-    removable = case.plan.waits & case.plan.inside & (case.planned["module"] != "").to_numpy()
+    removable = case.plan.waits_inside & (case.planned["module"] != "").to_numpy()
     if not gone.any() and not removable.any():
         return None
-    plan = replace(case.plan, waits=case.plan.waits & ~removable)
+    plan = replace(case.plan, waits=case.plan.waits & ~removable, waits_inside=case.plan.waits_inside & ~removable)
     return _Change(plan.without(gone), wanted(case.kernels), np.ones(len(case.kernels)))
 
 
@@ -148,9 +149,7 @@ def _roof(case: _Case) -> _Change | None:
 
 
 def _fast_host(case: _Case) -> _Change | None:
-    plan = case.plan
-    halved = {name: getattr(plan, name) / 2 for name in ("before_ns", "after_ns", "call_ns")}
-    return _unchanged(case, replace(plan, **halved))
+    return _unchanged(case, case.plan.host_times(0.5))
 
 
 def _fused_graph(case: _Case) -> _Change | None:
@@ -234,8 +233,7 @@ def _calibrated(plan: Schedule, account: PhaseAccount) -> Schedule:
     if low * high > 0:
         # Where the device is what takes the time, the host's factor changes nothing.
         return plan
-    factor = _root(lambda f: plan.latency_s(f) - wanted_s, _FACTORS, (low, high))
-    return replace(plan, **{n: getattr(plan, n) * factor for n in ("before_ns", "after_ns", "call_ns")})
+    return plan.host_times(_root(lambda f: plan.latency_s(f) - wanted_s, _FACTORS, (low, high)))
 
 
 def _root(of: Callable[[float], float], ends: tuple[float, float], values: tuple[float, float]) -> float:

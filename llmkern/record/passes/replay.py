@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from llmkern.errors import DeviceError
+from llmkern.record.arguments import copies_of, storage_of
 from llmkern.record.device.interface import Device
 from llmkern.record.graphs import graph_signature, is_graph, launches_seen
 from llmkern.record.operators import computes, may_copy, signature_of
@@ -98,7 +99,7 @@ class Keeper(TorchDispatchMode):
     def __init__(self, model: nn.Module, wanted: set[str], most_bytes: float = 0.0) -> None:
         super().__init__()
         self._left_bytes = most_bytes
-        self._weights = {t.data_ptr() for t in stored_tensors(model)}
+        self._weights = {storage_of(tensor) for tensor in stored_tensors(model)}
         self._wanted = wanted
         self.cases: dict[str, Case] = {}
 
@@ -122,12 +123,8 @@ class Keeper(TorchDispatchMode):
             # Looked up at each launch: now the method still reports to us.
             self.cases[name] = Case(name, lambda: graph.replay(), [((), {})])
 
-    @staticmethod
-    def _copy(leaf: Any) -> Any:
-        return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
-
     def _is_weight(self, leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and leaf.data_ptr() in self._weights
+        return isinstance(leaf, torch.Tensor) and storage_of(leaf) in self._weights
 
     def _keep(self, signature: str, func: Any, args: Any, kwargs: Any) -> None:
         leaves, shape = tree_flatten((args, kwargs))
@@ -135,16 +132,17 @@ class Keeper(TorchDispatchMode):
         if case is None:
             case = self.cases[signature] = Case(signature, func)
             # Before it runs: an operator that works in place would have changed them.
-            own = [x if self._is_weight(x) else self._copy(x) for x in leaves]
+            own = copies_of(leaves, self._is_weight)
         elif len(case.calls) < MOST_CALLS and any(map(self._is_weight, leaves)):
             first, _ = tree_flatten(case.calls[0])
             needed = sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor) and not self._is_weight(x))
             fits = needed <= self._left_bytes
             self._left_bytes -= needed if fits else 0
-            own = [
-                x if self._is_weight(x) else self._copy(x) if fits else kept
-                for x, kept in zip(leaves, first, strict=True)
-            ]
+            own = (
+                copies_of(leaves, self._is_weight)
+                if fits
+                else [x if self._is_weight(x) else kept for x, kept in zip(leaves, first, strict=True)]
+            )
         else:
             return
         case.calls.append(tree_unflatten(own, shape))
