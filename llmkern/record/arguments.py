@@ -48,8 +48,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the first byte of *tensor* in its storage and the one behind its last."""
-    first = tensor.storage_offset() * tensor.element_size()
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = int(tensor.storage_offset()) * tensor.element_size()
+    reach = sum((size - 1) * int(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (reach + 1) * tensor.element_size()
 
 
@@ -61,12 +61,14 @@ def _together(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     dense_bytes = sum({span: tensor.nbytes for span, tensor in zip(spans, tensors, strict=True)}.values())
     if end - begin > _MOST_SPARSE * max(dense_bytes, _ALIGNED):
         return [tensor.clone() for tensor in tensors]
-    device = tensors[0].device
-    source = torch.empty(0, dtype=torch.uint8, device=device).set_(tensors[0].untyped_storage(), begin, (end - begin,))
-    storage = source.clone().untyped_storage()
+    length = -(-(end - begin) // _ALIGNED) * _ALIGNED
+    # The last bytes of a storage are copied up to its end only.
+    there = min(length, tensors[0].untyped_storage().nbytes() - begin)
+    source = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+    source.set_(tensors[0].untyped_storage(), begin, (there,), (1,))
+    target = source.new_empty(length)
+    target[:there].copy_(source)
     return [
-        torch.empty(0, dtype=tensor.dtype, device=device).set_(
-            storage, (first - begin) // tensor.element_size(), tensor.shape, tensor.stride()
-        )
+        target.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), (first - begin) // tensor.element_size())
         for tensor, (first, _) in zip(tensors, spans, strict=True)
     ]

@@ -85,7 +85,7 @@ def test_a_wait_between_two_forwards_outlives_a_captured_forward() -> None:
     outside, inside = plan(**slow), plan(**slow, waits_inside=waits)
     one = 10 + 5 + 10 * 50 + 9
     assert captured(inside).latency_s() == pytest.approx(one * 1e-6)
-    # Two graphs of five kernels: back after 4 us, 10 us of the host's time, 5 us to the device, 50 us of it instead of 1.
+    # Two graphs: back after 4 us, 10 us of the host's time and 5 us to the device, where 1 us was between two kernels.
     assert captured(outside).latency_s() == pytest.approx((one + 4 + 10 + 5 - 1) * 1e-6)
 
 
