@@ -7,9 +7,10 @@ of exactly that operator, kernel or gap; it knows nothing of the truth windows. 
 one plant behind every layer and without any, in random order; the counter's energy above the idle floor, with minus
 without, per call. In a prefill, where the power cap may hold, with all as they were recorded and without one. Of a
 gap (a host that sleeps or thinks) it is the energy of its time: the counter less the floor of the time outside it. Of
-the kernels of one operator it is the slope over how many of them it launches. Held: the interval of their difference
-holds zero. A case whose truth is not known to a tenth is none. Beside it what two common ways to attribute say of the
-same run: every kernel at equal power, and NVML's instant power (field 186) times the kernel's duration.
+the minor kernels of one operator it is the slope over how many of them it launches, of its main kernel the rest. Held:
+the interval of their difference holds zero. A case whose truth is not known to a tenth is none. Beside it what two
+common ways to attribute say of the same run: every kernel at equal power, and NVML's instant power (field 186) times
+the kernel's duration.
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ def _known(
         if series is None:
             result.append(found[own.plant.name])
         else:
-            result += slope([(count, found[f"{own.plant.name} {count}"]) for count in series.counts])
+            calls = [(count, found[f"{own.plant.name} {count}"]) for count in series.counts]
+            result += slope(calls, series.recorded)
     return result
 
 

@@ -126,16 +126,18 @@ def truths(
     }
 
 
-def slope(calls: Sequence[tuple[int, Estimate]]) -> tuple[Estimate, Estimate]:
-    """Return of calls with 0, 2, … equal kernels more the J of the call without any, and of one of these."""
+def slope(calls: Sequence[tuple[int, Estimate]], recorded: int) -> tuple[Estimate, Estimate]:
+    """Return the J of a call with *recorded* equal kernels less these, and of one of these: the slope over *calls*."""
     counts = np.array([count for count, _ in calls], float)
     # Windows of another kind share no error.
     every = [np.random.default_rng(i).permutation(e.draws) for i, (_, e) in enumerate(calls) if e.draws is not None]
-    values = np.polyfit(counts, [estimate.value for _, estimate in calls], 1)
-    if len(every) < len(calls):
-        return Estimate(float(values[1])), Estimate(float(values[0]))
-    draws = np.polyfit(counts, np.array(every), 1)
-    return Estimate.of(float(values[1]), draws[1]), Estimate.of(float(values[0]), draws[0])
+    values = np.array([[estimate.value] for _, estimate in calls])
+    draws = np.array(every) if len(every) == len(calls) else np.empty((len(calls), 0))
+    one_j = np.polyfit(counts, np.hstack([values, draws]), 1)[0]
+    rest_j = np.hstack([values, draws])[counts == recorded][0] - recorded * one_j
+    if not draws.size:
+        return Estimate(float(rest_j[0])), Estimate(float(one_j[0]))
+    return Estimate.of(float(rest_j[0]), rest_j[1:]), Estimate.of(float(one_j[0]), one_j[1:])
 
 
 def _above_floor_j(curve: EnergyCurve, floor: Floor, temperature: pd.DataFrame, window: _Seen) -> float:

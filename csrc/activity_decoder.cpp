@@ -9,13 +9,14 @@
 #include <new>
 
 namespace llmkern {
-namespace {
 
 std::string demangle(const char* name) {
   int status = 0;
   std::unique_ptr<char, decltype(&std::free)> plain(abi::__cxa_demangle(name, nullptr, nullptr, &status), &std::free);
   return status == 0 && plain ? plain.get() : name;
 }
+
+namespace {
 
 const char* copy_name(uint8_t kind) {
   static const char* const names[] = {"unknown", "HtoD", "DtoH", "HtoA", "AtoH", "AtoA",

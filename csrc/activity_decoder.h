@@ -14,6 +14,9 @@ struct DecodeCounts {
   int64_t kernels = 0, copies = 0, overheads = 0, lost_timestamps = 0, unknown_records = 0;
 };
 
+// As a person reads it; a name that is none of C++ comes back as it is.
+std::string demangle(const char* name);
+
 // For tests: so many records of all decoders from now on run out of memory in their middle.
 inline std::atomic<int64_t> failing_records{0};
 

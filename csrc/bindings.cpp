@@ -89,6 +89,8 @@ PYBIND11_MODULE(_recorder, m) {
     }
   });
 
+  m.def("demangle", [](const std::string& name) { return demangle(name.c_str()); }, py::arg("name"));
+
   py::class_<ActivityRecorder>(m, "ActivityRecorder")
       .def(py::init<const std::vector<std::string>&, const std::string&>(),
            py::arg("candidates") = std::vector<std::string>{}, py::arg("library") = "")

@@ -10,6 +10,8 @@ SENSOR_NAMES: list[str]
 
 Rows = dict[str, npt.NDArray[Any]]
 
+def demangle(name: str) -> str: ...
+
 class RecorderError(RuntimeError):
     name: str
     code: int | None

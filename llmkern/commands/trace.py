@@ -54,9 +54,7 @@ from llmkern.runfolder.vocabulary import ENGINES, PRECISIONS, WEIGHTS
     show_default=True,
     help="Weighed generations; more where a window would be under 2 s.",
 )
-@click.option(
-    "--trace-repeats", type=click.IntRange(1, 10**6), default=2, show_default=True, help="Traced generations."
-)
+@click.option("--trace-repeats", type=click.IntRange(1, 10**6), help="Traced generations (2, or 1 of more than 4 s).")
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of random weights and prompts."
 )

@@ -23,7 +23,7 @@ class TraceOptions:
     prompts: Path | None = None
     warmup: int = 5
     repeats: int = 10
-    trace_repeats: int = 2
+    trace_repeats: int | None = None
     seed: int = 0
     outliers: int = 6
     double_quant: bool = False

@@ -44,7 +44,7 @@ class OptionFacts:
     prompts: str | None = None
     warmup: Positive = 5
     repeats: Positive = 10
-    trace_repeats: Positive = 2
+    trace_repeats: Positive | None = None
     seed: Count = 0
     outliers: Ordinal = 6
     double_quant: bool = False

@@ -12,7 +12,7 @@ import torch
 from llmkern.record import replay_cache
 from llmkern.record.graphs import OPERATOR, graph_signature, is_graph, launches_seen
 from llmkern.record.passes.inspection import Inspector
-from llmkern.record.passes.replay import Keeper
+from llmkern.record.passes.kept import Keeper
 
 
 class Graph:

@@ -11,7 +11,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from llmkern.record.operators import signature_of
-from llmkern.record.passes.replay import Case, Keeper, _taken_apart
+from llmkern.record.passes.apart import taken_apart
+from llmkern.record.passes.kept import Case, Keeper
 from llmkern.runfolder.replays import Launch, Wanted
 
 aten: Any = torch.ops.aten
@@ -105,10 +106,67 @@ def test_kernels_run_alone_with_every_calls_parameters_but_of_calls_that_launch_
     launched = (Launch("a", (2, 1, 1), block), Launch("memcpy", (0, 0, 0), (0, 0, 0)), Launch("b", (9, 1, 1), block))
     case = Case("x", lambda *_: None, [((i,), {}) for i in range(3)])
     device: Any = Graphs(case, launched, odd=1)
-    found = list(_taken_apart(device, case, Wanted("x", launched, (), ("b", "a", "not there"))))
+    found = list(taken_apart(device, case, Wanted("x", launched, (), ("b", "a", "not there"))))
     assert [(kernel, count) for kernel, _, count in found] == [("b", 240), ("a", 240)]
     for kernel, graph, _ in found:
         assert {node.call for node in graph.nodes} == {0, 2}
         assert {node.grid for node in graph.nodes} == {{"a": (2, 1, 1), "b": (9, 1, 1)}[kernel]}
     # What holds the kernels' memory is given back, after the last of them.
     assert len(device.reset) == 3
+
+
+@torch.library.custom_op("llmkern_tests::asking", mutates_args=())
+def _asking(x: torch.Tensor, limit: float) -> torch.Tensor:
+    """What LLM.int8() does: a comparison, a question to the device, and work that hangs on the answer."""
+    large = x.abs() >= limit
+    return x * 2 if large.any() else x + 1
+
+
+class PartGraphs:
+    """A device that refuses to capture what asks; an operator launches one kernel of its own name."""
+
+    def __init__(self) -> None:
+        self.reset: list[Any] = []
+
+    def captured(self, work: Any) -> Any:
+        operator = str(getattr(work, "func", work))
+        if "run" in operator or "is_nonzero" in operator:
+            return None
+        work()
+        graph = SimpleNamespace(operator=operator)
+        graph.reset = lambda: self.reset.append(graph)
+        return graph
+
+    def nodes(self, graph: Any) -> list[Any]:
+        return [SimpleNamespace(name=graph.operator, grid=(1, 1, 1), block=(64, 1, 1))]
+
+    def alone(self, nodes: list[Any]) -> Any:
+        return SimpleNamespace(nodes=nodes, reset=lambda: None)
+
+
+def test_an_operator_that_asks_the_device_is_taken_apart_at_what_it_calls() -> None:
+    shape: Any = ((1, 1, 1), (64, 1, 1))
+    launched = (
+        Launch("aten.abs.default", *shape),
+        Launch("aten.ge.Scalar", *shape),
+        Launch("aten.any.default", *shape),
+        Launch("memcpy DtoH (pinned)", (0, 0, 0), (0, 0, 0)),
+        # Launched in another shape than what the call launches: not the same kernel.
+        Launch("aten.mul.Tensor", (7, 1, 1), (64, 1, 1)),
+    )
+    x = torch.tensor([1.0, 9.0])
+    case = Case("x", torch.ops.llmkern_tests.asking.default, [((x, 5.0), {})])
+    wanted = Wanted("x", launched, (), ("aten.abs.default", "aten.ge.Scalar", "aten.mul.Tensor", "aten.any.default"))
+    device: Any = PartGraphs()
+    with torch.inference_mode():
+        found = {kernel: count for kernel, _, count in taken_apart(device, case, wanted)}
+    assert found == {"aten.abs.default": 240, "aten.ge.Scalar": 240, "aten.any.default": 240}
+    assert {graph.operator for graph in device.reset} >= {"aten.abs.default", "aten.mul.Tensor"}
+
+
+def test_an_operator_whose_kernel_cannot_be_called_directly_stays_whole() -> None:
+    launched = (Launch("a", (1, 1, 1), (64, 1, 1)),)
+    for function, args in ((lambda x: x, (torch.ones(2),)), (torch.ops.aten.rand.default, ([2],))):
+        case = Case("x", function, [(args, {})])
+        device: Any = PartGraphs()
+        assert list(taken_apart(device, case, Wanted("x", launched, (), ("a",)))) == []

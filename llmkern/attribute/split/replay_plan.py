@@ -15,6 +15,8 @@ from llmkern.runfolder.replays import Wanted
 DUTIES, DUTY, _LARGE = (0.3, 0.9), 0.5, 0.1
 # A class below this share of every phase is left to the prior.
 _WORTH = 0.003
+# What PyTorch's own operators launch, but for what they take from libraries.
+_OWN_KERNELS = "at::native::"
 # So many kernels alone take half a minute.
 _MOST_ALONE = 24
 
@@ -23,7 +25,8 @@ def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -
     """Return the operators to replay, and for each class of kernels in them in which it runs alone.
 
     *kernels* are those of one unit of each phase (see tally_kernels). The longest kernel of an operator is what the
-    others leave of the whole; a copy to the host says that an operator waits for the device and cannot be captured.
+    others leave of the whole. A copy to the host says that an operator waits for the device: of such a one only what
+    PyTorch's own operators in it launch can be captured, so what others launch too is called there.
     """
     parts = worth_replaying(kernels, phases)
     signatures = list(parts)
@@ -40,14 +43,19 @@ def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -
     of_pair = {(s, n): c for s, n, c in rows[["signature", "name", "kernel_class"]].astype(str).itertuples(index=False)}
     left = set(shares)
     places: dict[str, tuple[str, str]] = {}
-    for signature in signatures:
+    asking = {s for s in signatures if any(one.name.startswith("memcpy DtoH") for one in launched.get(s, ()))}
+    for signature in sorted(signatures, key=lambda s: s in asking):
         names = list(dict.fromkeys(launch.name for launch in launched.get(signature, ())))
         ours = {name: float(lengths.get((signature, name), 0.0)) for name in names}
-        if len(names) < 2 or any(name.startswith("memcpy DtoH") for name in names):
+        if len(names) < 2:
             # One kernel is the operator.
             left -= {of_pair[signature, name] for name in names if len(names) < 2 and (signature, name) in of_pair}
             continue
-        for name in sorted(names, key=lambda n: -ours[n])[1:]:
+        if signature in asking:
+            possible = [name for name in names if _OWN_KERNELS in name]
+        else:
+            possible = sorted(names, key=lambda n: -ours[n])[1:]
+        for name in possible:
             found = of_pair.get((signature, name), "")
             if found in left and shares[found] >= _WORTH and not name.startswith(("memcpy", "memset")):
                 left.discard(found)

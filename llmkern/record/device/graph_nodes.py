@@ -7,21 +7,27 @@ that of the captured graph, which has to be kept.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from llmkern.errors import DeviceError
+from llmkern.record.device.native import native
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node of a captured graph in the order of its capture; *grid* and *block* are None for what is no kernel."""
+    """One node of a captured graph in the order of its capture; *grid* and *block* are None for what is no kernel.
+
+    *name* is the kernel's as a recorder has it, None where the driver cannot tell.
+    """
 
     handle: Any
     grid: tuple[int, int, int] | None = None
     block: tuple[int, int, int] | None = None
+    name: str | None = None
 
 
 class KernelGraph:
@@ -82,10 +88,22 @@ def nodes_of(graph: Any) -> list[Node] | None:
                 continue
             told = _done(driver.cuGraphKernelNodeGetParams(node))
             grid, block = (tuple(getattr(told, f"{what}Dim{axis}") for axis in "XYZ") for what in ("grid", "block"))
-            found.append(Node(node, grid, block))
+            found.append(Node(node, grid, block, _name(told)))
     except DeviceError:
         return None
     return found
+
+
+def _name(parameters: Any) -> str | None:
+    """Return the name of the kernel of node *parameters*."""
+    driver = _driver()
+    by_handle = ((parameters.kern, "cuKernelGetName"), (parameters.func, "cuFuncGetName"))
+    for handle, ask in by_handle:
+        # A driver before CUDA 12.3 knows no names.
+        if int(handle) and hasattr(driver, ask):
+            with suppress(DeviceError):
+                return str(native().demangle(_done(getattr(driver, ask)(handle)).decode()))
+    return None
 
 
 def _driver() -> Any:

@@ -5,19 +5,25 @@ Only ranges are kept, as passes *bare* and *recorded*; what the recorder recorde
 
 from __future__ import annotations
 
+import time
+
 from llmkern.record.rig import Rig
 from llmkern.runfolder.vocabulary import BARE, RECORDED
 
-# Six pairs give an interval; eight decoded tokens are enough for the median of one generation.
-PAIRS = 6
+# Six pairs give an interval, and so do four, where six take longer than LONG_S; eight decoded tokens are enough for the
+# median of one generation.
+PAIRS, LEAST_PAIRS, LONG_S = 6, 4, 8.0
 NEW_TOKENS = 9
 
 
 def record_effect(rig: Rig) -> None:
-    """Record PAIRS of generations, in the order bare, recorded, recorded, bare, ..."""
+    """Record pairs of generations, in the order bare, recorded, recorded, bare, ..."""
     note, new_tokens = rig.annotator, min(NEW_TOKENS, rig.options.new_tokens)
     with rig.device.recorder() as recorder, rig.stages.stage("Comparing", 2 * PAIRS) as advance:
+        begin_s = time.monotonic()
         for pair in range(PAIRS):
+            if pair >= LEAST_PAIRS and time.monotonic() - begin_s > LONG_S:
+                break
             for name in (BARE, RECORDED) if pair % 2 == 0 else (RECORDED, BARE):
                 if name == RECORDED:
                     recorder.start(host_calls=False)

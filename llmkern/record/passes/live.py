@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from llmkern.record.annotate import Annotator
+from llmkern.record.passes.timeline import TRACE_REPEATS
 from llmkern.record.rig import Rig
 from llmkern.runfolder.vocabulary import PASS, TIME
 
@@ -30,14 +31,15 @@ def annotate_generations(rig: Rig) -> None:
     What the capture holds outside that range, the weighed windows before it above all, is not taken for traced.
     """
     note = rig.annotator
-    with rig.stages.stage("Annotating", rig.options.trace_repeats) as advance, rig.pumped(TIME) as pump:
+    repeats = rig.options.trace_repeats or TRACE_REPEATS
+    with rig.stages.stage("Annotating", repeats) as advance, rig.pumped(TIME) as pump:
         with note.range(f"{PASS} {TIME}", PASS), ExitStack() as stack:
             stack.enter_context(rig.generation.layers_annotated())
             stack.enter_context(modules_annotated(rig.model, note))
             power_w = rig.device.board_power()
             if power_w is not None:
                 stack.enter_context(power_counted(note, power_w))
-            for repeat in range(rig.options.trace_repeats):
+            for repeat in range(repeats):
                 note.repeat = repeat
                 rig.generation(rig.options.new_tokens)
                 pump.check()

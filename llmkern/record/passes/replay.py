@@ -8,73 +8,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from llmkern.errors import DeviceError
-from llmkern.record.arguments import copies_of, storage_of
 from llmkern.record.device.interface import Device
-from llmkern.record.graphs import graph_signature, is_graph, launches_seen
-from llmkern.record.operators import computes, may_copy, signature_of
+from llmkern.record.graphs import is_graph
+from llmkern.record.passes.apart import taken_apart
 from llmkern.record.passes.inspection import NEW_TOKENS
+from llmkern.record.passes.kept import Case, Keeper
 from llmkern.record.passes.weigh import idle
 from llmkern.record.rig import Rig, Step
 from llmkern.runfolder.facts import ReplayFacts
 from llmkern.runfolder.replays import Wanted
-from llmkern.workload.engine import taken_apart
-from llmkern.workload.load import stored_tensors
+from llmkern.workload.engine import taken_apart as in_parts
 
 WINDOW_S = 1.2
 # A kernel alone is small, runs back to back, and is needed to a tenth.
-ALONE_S = 0.8
-# A graph of so many kernels takes the host less to launch than the device to run.
-_ALONE_NODES = 240
-# So many layers' weights in turn are more than any L2 holds.
-MOST_CALLS = 32
+ALONE_S = 0.7
 # The activations of a layer decide how many bits switch; those of as many layers are kept as fit in this share of the
 # free memory, and of the others the first's.
 KEPT_SHARE = 0.1
 # As finely mixed with rest as in a run, where kernels and gaps take turns within a millisecond.
 _BURST_S = 0.001
-
-
-@dataclass
-class Case:
-    """One signature with the calls that take turns."""
-
-    signature: str
-    function: Any
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
-    def run(self, index: int) -> None:
-        args, kwargs = self.calls[index % len(self.calls)]
-        self.function(*args, **kwargs)
-
-    def drifts(self) -> bool:
-        """Whether a second run with the same arguments writes other values into them than the first did.
-
-        Such an operator (an addition in place, say) would be replayed on values that run away to infinity.
-        """
-        schema = getattr(self.function, "_schema", None)
-        if schema is None or not schema.is_mutable:
-            return False
-        held = [leaf for leaf in tree_leaves(self.calls[0]) if isinstance(leaf, torch.Tensor)]
-        self.run(0)
-        before = [_bits(tensor).clone() for tensor in held]
-        self.run(0)
-        return any(not torch.equal(old, _bits(tensor)) for old, tensor in zip(before, held, strict=True))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    # As they are stored: what is not a number equals itself here.
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -88,64 +46,6 @@ class Replayed:
     launches: int
     duty: float
     captured: bool
-
-
-class Keeper(TorchDispatchMode):
-    """Keeps the arguments of every operator in *wanted*: weights as they are, activations as copies.
-
-    Of all activations but an operator's first no more than *most_bytes* are copied.
-    """
-
-    def __init__(self, model: nn.Module, wanted: set[str], most_bytes: float = 0.0) -> None:
-        super().__init__()
-        self._left_bytes = most_bytes
-        self._weights = {storage_of(tensor) for tensor in stored_tensors(model)}
-        self._wanted = wanted
-        self.cases: dict[str, Case] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if computes(func) or may_copy(func):
-            signature = signature_of(func, tree_leaves((args, kwargs)))
-            if signature in self._wanted:
-                self._keep(signature, func, args, kwargs)
-        return func(*args, **kwargs)
-
-    @contextmanager
-    def keeping(self) -> Iterator[None]:
-        """Keep arguments, and CUDA graphs, for the time."""
-        with self, launches_seen(self._graph):
-            yield
-
-    def _graph(self, graph: Any, _start_ns: int, _end_ns: int) -> None:
-        name = graph_signature(graph)
-        if name in self._wanted:
-            # Looked up at each launch: now the method still reports to us.
-            self.cases[name] = Case(name, lambda: graph.replay(), [((), {})])
-
-    def _is_weight(self, leaf: Any) -> bool:
-        return isinstance(leaf, torch.Tensor) and storage_of(leaf) in self._weights
-
-    def _keep(self, signature: str, func: Any, args: Any, kwargs: Any) -> None:
-        leaves, shape = tree_flatten((args, kwargs))
-        case = self.cases.get(signature)
-        if case is None:
-            case = self.cases[signature] = Case(signature, func)
-            # Before it runs: an operator that works in place would have changed them.
-            own = copies_of(leaves, self._is_weight)
-        elif len(case.calls) < MOST_CALLS and any(map(self._is_weight, leaves)):
-            first, _ = tree_flatten(case.calls[0])
-            needed = sum(x.nbytes for x in leaves if isinstance(x, torch.Tensor) and not self._is_weight(x))
-            fits = needed <= self._left_bytes
-            self._left_bytes -= needed if fits else 0
-            own = (
-                copies_of(leaves, self._is_weight)
-                if fits
-                else [x if self._is_weight(x) else kept for x, kept in zip(leaves, first, strict=True)]
-            )
-        else:
-            return
-        case.calls.append(tree_unflatten(own, shape))
 
 
 def replay(rig: Rig, wanted: list[Wanted]) -> None:
@@ -175,7 +75,7 @@ def kept_cases(rig: Rig, wanted: list[str]) -> tuple[list[Case], int]:
     """Return the cases of *wanted* that one more generation calls, and how many of them drift and are left out."""
     free_bytes, _ = rig.device.free_bytes()
     keeper = Keeper(rig.model, set(wanted), KEPT_SHARE * free_bytes)
-    with taken_apart(rig.model), keeper.keeping():
+    with in_parts(rig.model), keeper.keeping():
         rig.generation(NEW_TOKENS)
     rig.annotator.drain()
     cases = [keeper.cases[name] for name in wanted if name in keeper.cases]
@@ -193,7 +93,7 @@ def windows(rig: Rig, cases: list[tuple[Case, Wanted]], advance: Step) -> Iterat
                 launches = bursts * burst.launches
                 yield Replayed(case.signature, None, start_ns, end_ns, launches, duty, burst.graph is not None)
                 advance()
-            apart = _taken_apart(rig.device, case, wanted) if burst.graph is not None and wanted.alone else ()
+            apart = taken_apart(rig.device, case, wanted) if wanted.alone and not is_graph(case.signature) else ()
             for kernel, alone, count in apart:
                 start_ns, end_ns, bursts = _window(rig, kernel, alone.replay, ALONE_S, 1.0)
                 alone.reset()
@@ -219,35 +119,6 @@ def _window(rig: Rig, name: str, burst: Callable[[], None], seconds: float, duty
         end_ns = time.time_ns()
     rig.wait_for_ticks(2)
     return start_ns, end_ns, bursts
-
-
-def _taken_apart(device: Device, case: Case, wanted: Wanted) -> Iterator[tuple[str, Any, int]]:
-    """Yield each kernel that is wanted alone, a graph of it and nothing else, and how often that launches it.
-
-    Of a call that does not launch what was inspected (another layer has more outliers, say) nothing is taken: no node's
-    name would be certain.
-    """
-    # They hold the memory that the kernels read and write.
-    graphs = [device.captured(partial(case.run, index)) for index in range(len(case.calls))]
-    shapes = [(launch.grid, launch.block) if launch.blocks else None for launch in wanted.launched]
-    found: dict[str, list[Any]] = {name: [] for name in wanted.alone}
-    for graph in graphs:
-        nodes = device.nodes(graph) if graph is not None else None
-        if nodes is None or [node.block for node in nodes] != [shape and shape[1] for shape in shapes]:
-            continue
-        for node, launch, shape in zip(nodes, wanted.launched, shapes, strict=True):
-            if launch.name in found and (node.grid, node.block) == shape:
-                found[launch.name].append(node)
-    for kernel, own in found.items():
-        if own:
-            # All layers' weights take turns here too.
-            own *= max(1, _ALONE_NODES // len(own))
-            # What the driver refuses stays together.
-            with suppress(DeviceError):
-                yield kernel, device.alone(own), len(own)
-    for graph in graphs:
-        if graph is not None:
-            graph.reset()
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ which times are taken, goes without.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -15,10 +16,14 @@ from llmkern.record.device.interface import KernelRecorder
 from llmkern.record.rig import Rig, Step
 from llmkern.runfolder.vocabulary import CALLS
 
+# By default: two generations show whether they differ, and one that takes longer than LONG_S has steps enough.
+TRACE_REPEATS, LONG_S = 2, 4.0
+
 
 def record_timelines(rig: Rig) -> None:
     """Record every traced pass that the device has; raises DeviceError when another profiler holds it."""
-    passes = {name: 1 if name == CALLS else rig.options.trace_repeats for name in rig.device.traced_passes}
+    wanted = rig.options.trace_repeats or TRACE_REPEATS
+    passes = {name: 1 if name == CALLS else wanted for name in rig.device.traced_passes}
     with rig.stages.stage("Timing", sum(passes.values())) as advance:
         for name, repeats in passes.items():
             record_timeline(rig, name, repeats, advance, layers=name == next(iter(passes)))
@@ -27,7 +32,8 @@ def record_timelines(rig: Rig) -> None:
 def record_timeline(rig: Rig, pass_name: str, repeats: int, advance: Step, *, layers: bool = True) -> None:
     """Record *repeats* generations as pass *pass_name*, and in the facts what the recorder says of itself.
 
-    Host calls are recorded in pass ``calls`` only, ranges of the layers with *layers*.
+    Where their number was not asked for, none begins after LONG_S. Host calls are recorded in pass ``calls`` only,
+    ranges of the layers with *layers*.
     """
     note, new_tokens = rig.annotator, rig.options.new_tokens
     with rig.device.recorder() as recorder:
@@ -39,7 +45,10 @@ def record_timeline(rig: Rig, pass_name: str, repeats: int, advance: Step, *, la
         note.drain()
         with rig.pumped(pass_name, lambda: flushed(recorder, pass_name)) as pump:
             with rig.generation.layers_annotated() if layers else nullcontext():
+                begin_s = time.monotonic()
                 for repeat in range(repeats):
+                    if repeat and rig.options.trace_repeats is None and time.monotonic() - begin_s > LONG_S:
+                        break
                     note.repeat = repeat
                     rig.generation(new_tokens)
                     pump.check()

@@ -140,8 +140,9 @@ def test_the_plan_takes_operators_apart_at_their_smaller_kernels() -> None:
     assert len(alone) == len(set(alone))
     for one in plan:
         assert one.duties == DUTIES or len(one.duties) == 1
-        # What waits for the device cannot be captured.
-        assert not one.alone or not any(launch.name.startswith("memcpy DtoH") for launch in one.launched)
+        # What waits for the device cannot be captured whole; of its kernels those of PyTorch's operators can.
+        if any(launch.name.startswith("memcpy DtoH") for launch in one.launched):
+            assert all("at::native::" in name for name in one.alone)
     assert any("kdequant" in name for _, name in alone)
     first = plan[0]
     rest = without(plan, {(first.signature, None), (first.signature, first.alone[0])})

@@ -1,0 +1,38 @@
+"""How long the passes go on where a generation is slow: enough is recorded, no minute is waited for more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmkern import session
+from llmkern.progress import Stages
+from llmkern.record.options import TraceOptions
+from llmkern.record.passes import effect, timeline
+from llmkern.runfolder import RunFolder
+
+
+@pytest.mark.parametrize(
+    ("asked", "slow", "generations", "pairs"), [(None, True, 1, 4), (None, False, 2, 6), (3, True, 3, 4)]
+)
+def test_a_slow_model_is_traced_once_unless_more_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, slow: bool, generations: int, pairs: int
+) -> None:
+    for module in (effect, timeline):
+        monkeypatch.setattr(module, "LONG_S", 0.0 if slow else 1e6)
+    options = TraceOptions(
+        "qwen-tiny",
+        device="cpu",
+        prompt_tokens=8,
+        new_tokens=4,
+        warmup=1,
+        repeats=1,
+        trace_repeats=asked,
+        out=tmp_path / "run",
+    )
+    session.trace(options, Stages(quiet=True))
+    ranges = RunFolder(tmp_path / "run").table("ranges")
+    found = ranges[ranges["repeat"].notna()].groupby("pass", observed=True)["repeat"].nunique()
+    assert found["time"] == generations
+    assert found["bare"] == found["recorded"] == pairs
