@@ -296,6 +296,23 @@ def _int8_product(device: torch.device) -> Work:
     return lambda: functional.int8_linear_matmul(rows, next(turn))
 
 
+def _int8_quantization(device: torch.device) -> Work:
+    """What LLM.int8() does before its products: the search for outliers, with its question to the device."""
+    from bitsandbytes import functional
+
+    rows = torch.randn(512, 5120, device=device, dtype=torch.float16)
+    rows[:, :6] *= 20
+    return lambda: functional.int8_vectorwise_quant(rows, threshold=6.0)
+
+
+def _int8_dequantization(device: torch.device) -> Work:
+    from bitsandbytes import functional
+
+    product = torch.randint(-(2**20), 2**20, (512, 18944), device=device, dtype=torch.int32)
+    per_row, per_column = (torch.rand(count, device=device) for count in product.shape)
+    return lambda: functional.int8_mm_dequant(product, per_row, per_column)
+
+
 GPU_PLANTS = [
     Plant("copy 256 MB", 1, _copy(256)),
     Plant("bf16 GEMM 4096", 1, _product(4096, torch.bfloat16)),
@@ -322,6 +339,8 @@ GPU_PLANTS = [
 IDLE_PLANTS = [
     Plant("product of one row", 1, _gemv),
     Plant("int8 product of 16 rows", 1, _int8_product),
+    Plant("int8 quantization of 512 rows, outliers sought", 1, _int8_quantization),
+    Plant("int8 dequantization of 512 x 18944", 1, _int8_dequantization),
     Plant("softmax 4096x8192", 1, _softmax(4096, 8192)),
     Plant("host sleeps 0.5 ms", 1, _sleep(0.0005), is_gap=True),
 ]

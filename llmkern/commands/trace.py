@@ -50,9 +50,7 @@ from llmkern.runfolder.vocabulary import ENGINES, PRECISIONS, WEIGHTS
 @click.option(
     "--repeats",
     type=click.IntRange(1, 10**6),
-    default=10,
-    show_default=True,
-    help="Weighed generations; more where a window would be under 2 s.",
+    help="Weighed generations (10, or 6 of more than 3 s); more where a window would be under 2 s.",
 )
 @click.option("--trace-repeats", type=click.IntRange(1, 10**6), help="Traced generations (2, or 1 of more than 4 s).")
 @click.option(

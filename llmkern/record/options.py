@@ -22,7 +22,7 @@ class TraceOptions:
     new_tokens: int = 32
     prompts: Path | None = None
     warmup: int = 5
-    repeats: int = 10
+    repeats: int | None = None
     trace_repeats: int | None = None
     seed: int = 0
     outliers: int = 6

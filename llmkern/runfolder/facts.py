@@ -43,7 +43,7 @@ class OptionFacts:
     new_tokens: Annotated[int, Meta(ge=2, le=2**31 - 1)] = 2
     prompts: str | None = None
     warmup: Positive = 5
-    repeats: Positive = 10
+    repeats: Positive | None = None
     trace_repeats: Positive | None = None
     seed: Count = 0
     outliers: Ordinal = 6

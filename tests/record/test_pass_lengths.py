@@ -9,17 +9,18 @@ import pytest
 from llmkern import session
 from llmkern.progress import Stages
 from llmkern.record.options import TraceOptions
-from llmkern.record.passes import effect, timeline
+from llmkern.record.passes import effect, timeline, weigh
 from llmkern.runfolder import RunFolder
 
 
 @pytest.mark.parametrize(
-    ("asked", "slow", "generations", "pairs"), [(None, True, 1, 4), (None, False, 2, 6), (3, True, 3, 4)]
+    ("asked", "slow", "generations", "pairs"), [(None, True, 1, 5), (None, False, 2, 6), (3, True, 3, 5)]
 )
-def test_a_slow_model_is_traced_once_unless_more_was_asked_for(
+def test_a_slow_model_runs_less_often_unless_more_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, slow: bool, generations: int, pairs: int
 ) -> None:
-    for module in (effect, timeline):
+    monkeypatch.setattr(weigh, "SHORTEST_WINDOW_S", -weigh.TICK_S)
+    for module in (effect, timeline, weigh):
         monkeypatch.setattr(module, "LONG_S", 0.0 if slow else 1e6)
     options = TraceOptions(
         "qwen-tiny",
@@ -27,12 +28,15 @@ def test_a_slow_model_is_traced_once_unless_more_was_asked_for(
         prompt_tokens=8,
         new_tokens=4,
         warmup=1,
-        repeats=1,
+        repeats=asked,
         trace_repeats=asked,
         out=tmp_path / "run",
     )
     session.trace(options, Stages(quiet=True))
-    ranges = RunFolder(tmp_path / "run").table("ranges")
+    run = RunFolder(tmp_path / "run")
+    assert run.facts.plan is not None
+    assert sum(run.facts.plan.generate_repeats) == (asked or (6 if slow else 10))
+    ranges = run.table("ranges")
     found = ranges[ranges["repeat"].notna()].groupby("pass", observed=True)["repeat"].nunique()
     assert found["time"] == generations
     assert found["bare"] == found["recorded"] == pairs

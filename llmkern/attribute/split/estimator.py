@@ -42,7 +42,7 @@ CONTEXT_SIGMA, CONTEXT_FREEDOM = 0.03, 2
 COMMON_SIGMA = 0.05
 # What a busy host adds to an idle device: on an H100 0.4 W while it launches kernels of nothing, 1.5 W where it
 # launches one and waits for it without end; of other hosts and boards that is hardly known (Student, so many degrees).
-HOST_SIGMA_W, HOST_FREEDOM = 1.5, 3
+HOST_SIGMA_W, HOST_FREEDOM = 2.0, 3
 # The median of a square of one degree of freedom, of its mean.
 _MEDIAN_OF_ONE = 0.455
 # Signatures whose columns are this close to parallel cannot be told apart by any window.

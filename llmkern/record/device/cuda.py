@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,9 @@ class CudaDevice:
         except TypeError:
             graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with warnings.catch_warnings(), torch.cuda.graph(graph):
+                # Work that launches nothing is no mistake here.
+                warnings.filterwarnings("ignore", "The CUDA Graph is empty")
                 work()
         except RuntimeError:
             # It synchronizes, or allocates in a way that capture forbids.

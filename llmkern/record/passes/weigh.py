@@ -20,6 +20,8 @@ IDLE_WINDOW_S = 2.5
 SHORT_IDLE_S = 1.0
 # One window per round and phase: six independent windows give an interval that a disturbed one cannot spoil.
 ROUNDS = 6
+# By default: more in a window are better, until one is long enough by far.
+REPEATS, LONG_S = 10, 3.0
 # A warm-up loads kernels, tunes and fills caches; none of that needs the full length.
 WARMUP_TOKENS = 8
 
@@ -56,7 +58,8 @@ def warm_up(rig: Rig) -> PlanFacts:
     per_token_s = max(0.0, some_s - prefill_s) / max(1, short - 1)
     rig.annotator.drain()
     generate_s = prefill_s + per_token_s * (rig.options.new_tokens - 1)
-    return plan_windows(rig.options.repeats, rig.options.new_tokens, prefill_s, generate_s)
+    repeats = rig.options.repeats or (REPEATS if generate_s <= LONG_S else ROUNDS)
+    return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s)
 
 
 def idle(rig: Rig, seconds: float = IDLE_WINDOW_S) -> None:
