@@ -10,8 +10,7 @@ import time
 from llmkern.record.rig import Rig
 from llmkern.runfolder.vocabulary import BARE, RECORDED
 
-# Six pairs give an interval, and so do five that take longer than LONG_S; eight decoded tokens are enough for the median
-# of one generation.
+# Six pairs give an interval, and so do five that take longer than LONG_S; eight decoded tokens are enough for a median.
 PAIRS, LEAST_PAIRS, LONG_S = 6, 5, 8.0
 NEW_TOKENS = 9
 
