@@ -17,13 +17,18 @@ from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import DECODE, PREFILL
 from llmkern.text import with_interval
 
+# By difference a temperature is not taken further than this beyond those of both windows.
+_MOST_BEYOND_C = 3.0
+
 
 @dataclass(frozen=True)
 class PhaseWeight:
     """One phase as weighed: per call for prefill, per token step for decode.
 
     The samples are one per round, NaN where a round has no energy; energies are None without an energy counter.
-    ``*_by_ranges`` is the same measured between the phase's own range marks instead of by difference.
+    ``celsius_samples`` are the temperatures at which the idle floor of a round's latency is that of its windows, NaN
+    where none was read. ``*_by_ranges`` is the same measured between the phase's own range marks instead of by
+    difference.
     """
 
     phase: str
@@ -34,6 +39,16 @@ class PhaseWeight:
     energy_samples_j: list[float]
     latency_by_ranges_s: Estimate
     energy_by_ranges_j: Estimate | None
+    celsius_samples: list[float] = field(default_factory=list)
+
+    def temperature_c(self) -> float | None:
+        """Return the °C at which the idle floor of all rounds together is that of its windows, None without any."""
+        celsius, seconds = np.array(self.celsius_samples), np.array(self.latency_samples_s)
+        known = np.isfinite(celsius)
+        if not known.any():
+            return None
+        weights = np.maximum(seconds[known], 0.0)
+        return float(np.average(celsius[known], weights=weights if weights.sum() > 0 else None))
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Weighed:
     phases: dict[str, PhaseWeight]
     floor: Floor | None
     temperature_c: float | None
-    # Of the windows of each phase: a prefill heats the die by several degrees more.
+    # Of each phase (see PhaseWeight.temperature_c): a prefill heats the die by several degrees more.
     phase_c: dict[str, float | None] = field(default_factory=dict)
     # The mean SM clock there.
     clock_mhz: dict[str, float | None] = field(default_factory=dict)
@@ -94,7 +109,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
         return None
     mean_c = mean_temperature(temperature, windows)
     floor = measure_floor(curve, idle, temperature) if curve is not None else None
-    measured = _measure_windows(windows, generations, curve, floor, mean_c)
+    measured = _measure_windows(windows, generations, curve, floor, temperature)
     books = _books(measured, curve, floor, mean_c, power)
     longest = ranges["new_tokens"].max()
     marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
@@ -110,7 +125,7 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
         return None
     lag_ms = by_ranges.lag_ms if by_ranges is not None else None
     own = {name: windows[windows["new_tokens"] == tokens] for name, tokens in ((PREFILL, 1), (DECODE, longest))}
-    warm = {name: mean_temperature(temperature, spans) for name, spans in own.items()}
+    warm = {name: weight.temperature_c() for name, weight in phases.items()}
     clocks = {name: mean_reading(temperature, spans, "sm_clock_mhz") for name, spans in own.items()}
     return Weighed(phases, floor, mean_c, warm, clocks, **books, sample_lag_ms=lag_ms, sensors=sensors, unknown=unknown)
 
@@ -188,9 +203,12 @@ def _measure_windows(
     generations: pd.DataFrame,
     curve: EnergyCurve | None,
     floor: Floor | None,
-    mean_c: float | None,
+    temperature: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Return a row per window: round, new_tokens, repeats, latency_s and energy_j of one generation, and its ticks."""
+    """Return a row per window: round, new_tokens, repeats, latency_s and energy_j of one generation, °C, and its ticks.
+
+    A board warms up by ten degrees over the first rounds, and its floor by as many watts: each window has its own.
+    """
     rows = []
     for window in windows.itertuples():
         inside = generations[(generations["start_ns"] >= window.start_ns) & (generations["end_ns"] <= window.end_ns)]
@@ -198,6 +216,7 @@ def _measure_windows(
             continue
         start_ns, end_ns = int(inside["start_ns"].iloc[0]), int(inside["end_ns"].iloc[-1])
         latency_s = float((inside["end_ns"] - inside["start_ns"]).mean()) / 1e9
+        celsius = mean_temperature(temperature, pd.DataFrame({"start_ns": [start_ns], "end_ns": [end_ns]}))
         row = {
             "round": window.round,
             "new_tokens": window.new_tokens,
@@ -205,6 +224,7 @@ def _measure_windows(
             "latency_s": latency_s,
             "work_s": (end_ns - start_ns) / 1e9,
             "work_j": np.nan,
+            "celsius": np.nan if celsius is None else celsius,
             "tick_before_ns": 0,
             "tick_after_ns": 0,
         }
@@ -212,7 +232,7 @@ def _measure_windows(
         if framed is not None:
             before_ns, after_ns, joule = framed
             edges_s = (after_ns - before_ns - (end_ns - start_ns)) / 1e9
-            floor_w = floor.at(mean_c).value if floor is not None else 0.0
+            floor_w = floor.at(celsius).value if floor is not None else 0.0
             row |= {
                 "work_j": joule - floor_w * edges_s,
                 "tick_before_ns": before_ns,
@@ -237,18 +257,23 @@ def _phases(measured: pd.DataFrame, marks: pd.DataFrame, by_ranges: ByRanges | N
         return {}
     short, long = short.loc[rounds], long.loc[rounds]
     per_token = longest - 1
+    decode_s = (long["latency_s"] - short["latency_s"]) / per_token
+    decode_j = (long["energy_j"] - short["energy_j"]) / per_token
+    prefill = _phase("prefill", "call", short["latency_s"], short["energy_j"], marks, by_ranges, 1)
+    decode = _phase("decode", "token", decode_s, decode_j, marks, by_ranges, per_token)
     return {
-        "prefill": _phase("prefill", "call", short["latency_s"], short["energy_j"], marks, by_ranges, 1),
-        "decode": _phase(
-            "decode",
-            "token",
-            (long["latency_s"] - short["latency_s"]) / per_token,
-            (long["energy_j"] - short["energy_j"]) / per_token,
-            marks,
-            by_ranges,
-            per_token,
-        ),
+        "prefill": replace(prefill, celsius_samples=short["celsius"].to_list()),
+        "decode": replace(decode, celsius_samples=_by_difference_c(short, long).to_list()),
     }
+
+
+def _by_difference_c(short: pd.DataFrame, long: pd.DataFrame) -> pd.Series:
+    """Return per round the °C at which the floor of decode is that of the *long* window less the *short* one's."""
+    warmth = long["celsius"] * long["latency_s"] - short["celsius"] * short["latency_s"]
+    celsius = warmth / (long["latency_s"] - short["latency_s"])
+    # Where the two hardly differ that is anything: no colder or warmer than the windows were.
+    both = pd.concat([short["celsius"], long["celsius"]], axis=1)
+    return celsius.clip(both.min(axis=1) - _MOST_BEYOND_C, both.max(axis=1) + _MOST_BEYOND_C)
 
 
 def _phase(

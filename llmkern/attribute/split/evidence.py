@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -266,8 +267,7 @@ def _run_windows(
     floor: Floor | None = weighed.floor
     assert floor is not None
     phase, weight = account.phase, account.weight
-    celsius, clock_mhz = weighed.temperature_of(phase), weighed.clock_mhz.get(phase)
-    floor_w, degrees = floor.at(celsius).value, floor.degrees(celsius)
+    mean_c, clock_mhz = weighed.temperature_of(phase), weighed.clock_mhz.get(phase)
     units = max(1.0, round(_RUN_WINDOW_S / weight.latency_s.value))
     launches: dict[str, float] = defaultdict(float)
     for name, count in steps["launches"].items():
@@ -275,13 +275,14 @@ def _run_windows(
     # The mean of all: that a slower round takes more above the floor (1.5 to 5 W on H100s) may as well come from
     # kernels that find a board at rest.
     idle_s = max(0.0, weight.latency_s.value - account.busy_s) * units
-    where = (phase, degrees, 0.0, clock_mhz, idle_s)
-    samples = zip(weight.energy_samples_j, weight.latency_samples_s, strict=True)
-    return [
-        Window(f"run {phase} {i}", energy_j * units, latency_s * units, floor_w, launches, *where)
-        for i, (energy_j, latency_s) in enumerate(samples)
-        if energy_j == energy_j
-    ]
+    windows = []
+    rounds = zip_longest(weight.energy_samples_j, weight.latency_samples_s, weight.celsius_samples, fillvalue=np.nan)
+    for i, (energy_j, latency_s, own_c) in enumerate(rounds):
+        if energy_j == energy_j:
+            celsius = own_c if own_c == own_c else mean_c
+            where = (floor.at(celsius).value, launches, phase, floor.degrees(celsius), 0.0, clock_mhz, idle_s)
+            windows.append(Window(f"run {phase} {i}", energy_j * units, latency_s * units, *where))
+    return windows
 
 
 def _phase(account: PhaseAccount, evidence: Evidence, marginals: Marginals, weighed: Weighed) -> MarginalJoules:
