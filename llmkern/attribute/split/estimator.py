@@ -38,7 +38,7 @@ GAIN_SIGMA = 0.005
 REGIME_SIGMA = 0.15
 # By how much of itself a launch may cost more or less in a run than alone at the same mean power (one sigma): each for
 # itself, as if so many phases had shown it, and all of a phase together.
-CONTEXT_SIGMA, CONTEXT_FREEDOM = 0.04, 2
+CONTEXT_SIGMA, CONTEXT_FREEDOM = 0.05, 2
 COMMON_SIGMA = 0.05
 # What a busy host adds to an idle device: on an H100 0.4 W while it launches kernels of nothing, 1.5 W where it
 # launches one and waits for it without end; of other hosts and boards that is hardly known (Student, so many degrees).

@@ -86,7 +86,7 @@ def without(wanted: list[Wanted], cached: Collection[tuple[str, str | None]]) ->
     return [one for one in rest if one.duties or one.alone]
 
 
-def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.985, most: int = 24) -> dict[str, float]:
+def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.985, most: int = 28) -> dict[str, float]:
     """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them.
 
     With each comes its largest share of a phase.
