@@ -147,14 +147,16 @@ def estimate_marginals(
     guess_j, most_j = (np.array([of[n] for n in names])[owners] for of in (guess, most))
     width_j = np.maximum(np.minimum(PRIOR_SIGMA * guess_j, np.maximum(most_j - guess_j, guess_j) / 2), 1e-9)
     shared = sorted({c for c in (w.context for w in ordered) if c})
-    # To the unknowns come for each of the contexts what the host adds, and by how much everything costs more and less.
-    nothing = np.zeros(3 * len(shared))
-    idle_s = np.array([[w.idle_s * (w.context == c) for c in shared] for w in ordered]).reshape(len(ordered), -1)
+    # To the unknowns come what the host adds in each of the contexts (replays are one where it launches one by one),
+    # and by how much everything costs more and less in each phase of the run.
+    hosts = shared + [""] * any(w.idle_s > 0 and not w.context for w in ordered)
+    nothing = np.zeros(len(hosts) + 2 * len(shared))
+    idle_s = np.array([[w.idle_s * (w.context == c) for c in hosts] for w in ordered]).reshape(len(ordered), -1)
     counts = np.hstack([counts, idle_s, np.zeros((len(ordered), 2 * len(shared)))])
-    width = np.append(width_j, np.repeat([HOST_SIGMA_W, COMMON_SIGMA], [len(shared), 2 * len(shared)]))
+    width = np.append(width_j, np.repeat([HOST_SIGMA_W, COMMON_SIGMA], [len(hosts), 2 * len(shared)]))
 
     def fitted(context_sigma: float) -> tuple[_Problem, np.ndarray, np.ndarray]:
-        ties, own = _ties(unknowns, ordered, guess_j, shared, context_sigma)
+        ties, own = _ties(unknowns, ordered, guess_j, (shared, len(hosts)), context_sigma)
         problem = _Problem(counts, sigma_j, width, ties)
         (found,) = problem.solved(dynamic_j[None], np.append(guess_j, nothing)[None], np.zeros((1, len(ties))))
         return problem, own, found
@@ -174,12 +176,12 @@ def estimate_marginals(
     guesses_j = np.minimum(guesses_j, np.maximum(guess_j, most_j - width_j))
     common = random.normal(0.0, COMMON_SIGMA, (DRAWS, len(shared)))
     up_and_down = np.maximum(np.stack([common, -common], axis=2), 0.0).reshape(DRAWS, -1)
-    host_w = random.standard_t(HOST_FREEDOM, (DRAWS, len(shared))) * HOST_SIGMA_W
+    host_w = random.standard_t(HOST_FREEDOM, (DRAWS, len(hosts))) * HOST_SIGMA_W
     # A sigma that so few phases tell is itself uncertain: together that is Student's t.
     wider = np.sqrt(freedom / random.chisquare(freedom, DRAWS))
     apart = random.normal(0.0, 1.0, (DRAWS, len(own))) * np.where(own, wider[:, None], 1.0)
     draws = problem.solved(drawn, np.hstack([guesses_j, host_w, up_and_down]), apart)
-    count, after = len(guess_j), len(guess_j) + len(shared)
+    count, after = len(guess_j), len(guess_j) + len(hosts)
     groups, condition = _separable(ordered, names, sigma_j)
     residuals = {w.name: float(d - m) for w, d, m in zip(ordered, dynamic_j, model, strict=True)}
     more, mores = (of[..., after::2] - of[..., after + 1 :: 2] for of in (found, draws))
@@ -210,14 +212,20 @@ def _excess(windows: Sequence[Window], scaled: np.ndarray) -> np.ndarray:
 
 
 def _ties(
-    unknowns: Unknowns, windows: Sequence[Window], guess_j: np.ndarray, shared: list[str], context_sigma: float
+    unknowns: Unknowns,
+    windows: Sequence[Window],
+    guess_j: np.ndarray,
+    more: tuple[list[str], int],
+    context_sigma: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return rows, in sigmas, that hold the unknowns of one signature together, and which tie a context to replays.
 
-    After the unknowns are three for each of the contexts *shared*: what the host adds, then pairs of by how much of
-    itself everything costs more there and by how much less.
+    After the unknowns come *more*: so many of what the host adds, then for each of the contexts a pair of by how much
+    of itself everything costs more there and by how much less.
     """
-    count = len(guess_j) + 3 * len(shared)
+    shared, hosts = more
+    pairs = len(guess_j) + hosts
+    count = pairs + 2 * len(shared)
     regimes = {c: float(np.mean([w.regime for w in windows if w.context == c])) for c in {w.context for w in windows}}
     rows, to_replays = [], []
     for index, (name, powers, contexts) in enumerate(
@@ -235,8 +243,8 @@ def _ties(
             row = np.zeros(count)
             row[unknown] = 1.0
             if powers:
-                more = len(guess_j) + len(shared) + 2 * shared.index(context)
-                row[[more, more + 1]] = [-size_j, size_j]
+                pair = pairs + 2 * shared.index(context)
+                row[[pair, pair + 1]] = [-size_j, size_j]
                 for knot, weight in unknowns.weights(name, "", regimes[context]).items():
                     row[knot] -= weight
                 rows.append(row / (context_sigma * size_j))

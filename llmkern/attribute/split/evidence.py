@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,6 +76,16 @@ class Work:
         """Return how often one call of *signature* launches each class, nothing where that was not inspected."""
         counts = Counter(self.classes.get((signature, launch.name), "") for launch in self.launched.get(signature, ()))
         return {} if "" in counts else {name: float(count) for name, count in counts.items()}
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Return how long a launch of each class takes."""
+        sums = self.kernels.groupby("kernel_class", observed=True)[["duration_ns", "launches"]].sum()
+        return {str(name): ns / 1e9 / n for name, ns, n in sums.itertuples(name=None) if n > 0}
+
+    def asks(self, signature: str) -> bool:
+        """Whether the operator copies an answer to the host, waits for it, and cannot be captured."""
+        return any(launch.name.startswith("memcpy DtoH") for launch in self.launched.get(signature, ()))
 
     def steps(self, phase: str) -> pd.DataFrame:
         """Return by class the launches, and duration_ns, per unit of *phase*."""
@@ -223,12 +234,15 @@ def replay_windows(
     for i, row in enumerate(replays.to_dict("records")):
         signature, kernel, count = str(row["signature"]), row["kernel"], float(row["launches"])
         name = f"replay {i:03d} {signature}"
-        apart = 0.0
+        apart = idle_s = 0.0
         if work is None:
             launches = {signature if _is_whole(kernel) else f"{signature} {kernel}": count}
         elif _is_whole(kernel):
             launches = {found: count * each for found, each in work.launches(signature).items()}
             apart = _MIXED_APART if len(launches) > 1 else 0.0
+            if work.asks(signature):
+                # Launched one by one, by a host that waits for the answers.
+                idle_s = max(0.0, _host_s(row) - sum(each * work.seconds.get(n, 0.0) for n, each in launches.items()))
         else:
             launches = {work.classes.get((signature, str(kernel)), "not in the run"): count}
             apart = _ALONE_APART
@@ -238,7 +252,7 @@ def replay_windows(
             energy_j = float(row["dynamic_j"]) + floor_w * seconds
             clock = row["clock_mhz"]
             clock_mhz = None if clock is None or clock != clock else float(clock)
-            windows[i] = Window(name, energy_j, seconds, floor_w, launches, apart=apart, clock_mhz=clock_mhz)
+            windows[i] = Window(name, energy_j, seconds, floor_w, launches, "", 0.0, apart, clock_mhz, idle_s)
             continue
         framed = curve.window(int(row["start_ns"]), int(row["end_ns"]))
         if framed is None:
@@ -251,8 +265,15 @@ def replay_windows(
         celsius = celsius if celsius is not None else weighed.temperature_c
         seconds = (after_ns - before_ns) / 1e9
         floor_w, degrees = floor.at(celsius).value, floor.degrees(celsius)
-        windows[i] = Window(name, joule, seconds, floor_w, launches, "", degrees, apart, clock_mhz)
+        windows[i] = Window(name, joule, seconds, floor_w, launches, "", degrees, apart, clock_mhz, idle_s)
     return windows
+
+
+def _host_s(row: Mapping[Hashable, Any]) -> float:
+    """Return for how many seconds of the window *row* of table replays the host was at work, and did not pause."""
+    start_ns, end_ns = row["start_ns"], row["end_ns"]
+    worked = row["seconds"] if start_ns is None or start_ns != start_ns else (end_ns - start_ns) / 1e9
+    return float(worked) * float(row["duty"])
 
 
 def _is_whole(kernel: object) -> bool:

@@ -11,7 +11,8 @@ from llmkern.attribute.time.operators import UNIDENTIFIED
 from llmkern.runfolder.replays import Wanted
 
 # Little loaded, at the full clock, and as much as it gets: towards the power cap the clock falls and a launch costs
-# less. That is worth two windows for operators above this share of a phase; the others have one in between.
+# less. That is worth two windows for operators above this share of a phase; the others have one in between. One that
+# waits for its host draws little however often it is called, and tells most when that is as often as it goes.
 DUTIES, DUTY, _LARGE = (0.3, 0.9), 0.5, 0.1
 # A class below this share of every phase is left to the prior.
 _WORTH = 0.003
@@ -65,7 +66,7 @@ def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -
         Wanted(
             signature,
             launched.get(signature, ()),
-            DUTIES if parts[signature] >= _LARGE else (DUTY,),
+            DUTIES[1:] if signature in asking else DUTIES if parts[signature] >= _LARGE else (DUTY,),
             tuple(name for found in chosen for of, name in [places[found]] if of == signature),
         )
         for signature in signatures
