@@ -43,8 +43,9 @@ from llmkern.runfolder import RunFolder
 from llmkern.session import keep_replays, record
 from llmkern.text import with_interval
 
-# Of a plant of one kernel or of none, of the main kernel of several, of the others, and of what was not replayed.
-LIMITS = {"single": 0.08, "main": 0.05, "minor": 0.30, "never": math.inf}
+# Of a plant of one kernel or of none, of the main kernel of several, of the others, of several together, and of what was
+# not replayed.
+LIMITS = {"single": 0.08, "main": 0.05, "minor": 0.30, "several": math.inf, "never": math.inf}
 # Better than this the truth has to be known.
 TRUTH_DOUBT = 0.10
 NEW_TOKENS = 33
@@ -90,7 +91,7 @@ class Guesses:
         if plant.series is None:
             replayed = set(self._found.marginals.replayed) if self._found.marginals is not None else set()
             seen = own["kernel_class"].astype(str).isin(replayed).mean() > 0.5
-            kind = "single" if seen else "never"
+            kind = "never" if not seen else "single" if own["name"].nunique() == 1 else "several"
             return [self._of_kernels(plant.name, kind, account, kernels, own, planted.calls_per_step)]
         minor = own["name"].astype(str).str.contains(plant.series.minor)
         calls, casts = planted.calls_per_step, plant.series.recorded

@@ -19,7 +19,7 @@ _WORTH = 0.003
 # What PyTorch's own operators launch, but for what they take from libraries.
 _OWN_KERNELS = "at::native::"
 # So many kernels alone take half a minute.
-_MOST_ALONE = 24
+_MOST_ALONE = 22
 
 
 def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -> list[Wanted]:

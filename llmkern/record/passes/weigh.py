@@ -122,7 +122,6 @@ def weigh(rig: Rig, plan: PlanFacts) -> None:
                                 advance()
                     idle(rig, SHORT_IDLE_S)
             rig.annotator.round = None
-        idle(rig)
     rig.writer.note(plan=plan, own_cost=cost.facts())
 
 
