@@ -43,8 +43,8 @@ from llmkern.runfolder import RunFolder
 from llmkern.session import keep_replays, record
 from llmkern.text import with_interval
 
-# Of a plant of one kernel or of none, of the main kernel of several, of the others, of several together, and of what was
-# not replayed.
+# Of a plant of one kernel or of none, of the main kernel of several, of the others, of several together, and of what
+# was not replayed.
 LIMITS = {"single": 0.08, "main": 0.05, "minor": 0.30, "several": math.inf, "never": math.inf}
 # Better than this the truth has to be known.
 TRUTH_DOUBT = 0.10

@@ -9,7 +9,7 @@ import unicodedata
 from llmkern.estimate import Estimate
 
 _SCALES: dict[str, list[tuple[float, str]]] = {
-    "s": [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")],
+    "s": [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")],
     "J": [(1e3, "kJ"), (1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ")],
     "W": [(1.0, "W")],
     "B": [(2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B")],
@@ -20,7 +20,7 @@ def quantity(value: float | None, unit: str) -> str:
     """Return *value* (in s, J, W or B) with three significant digits and a fitting prefix; – when absent."""
     if value is None or value != value:
         return "–"
-    if abs(value) < 1e-9:
+    if abs(value) < (1e-10 if unit == "s" else 1e-9):
         return f"0 {unit}"
     factor, name = _scale(value, unit)
     return f"{_digits(value / factor)} {name}"

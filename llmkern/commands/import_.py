@@ -40,6 +40,5 @@ def command(
     """Make a run folder of CAPTURE, an SQLite export of Nsight Systems or a trace of torch.profiler, and report it."""
     from llmkern.exchange.importing import default_folder, import_capture
 
-    names = {name: phase or name for name, _, phase in (text.partition("=") for text in phases)}
     folder = out if out is not None else default_folder(capture, energy)
-    show_report(import_capture(capture, folder, energy=energy, phases=names, force=force).path, Wanted(top, as_json))
+    show_report(import_capture(capture, folder, energy=energy, phases=phases, force=force).path, Wanted(top, as_json))

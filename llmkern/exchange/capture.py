@@ -24,7 +24,8 @@ _TOKEN = re.compile(r"^token (\d+)$")
 class Capture:
     """Tables of a run folder, in CLOCK_REALTIME ns, all columns present.
 
-    *imported* says which file they come from; *missing* says in words what it did not hold.
+    *imported* says which file they come from; *missing* says in words what it did not hold, *told* in sentences what
+    was done to what it holds.
     """
 
     kernels: pd.DataFrame
@@ -36,6 +37,7 @@ class Capture:
     started: str
     versions: Mapping[str, str | None]
     missing: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
 
 
 def rows_of(table: str, columns: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
@@ -55,7 +57,7 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
     for name in names:
         if not (ranges["name"] == name).any():
             known = ", ".join(str(n) for n in ranges["name"].value_counts().index[:5]) or "none at all"
-            raise UsageError(f"the capture has no NVTX range {name!r} (it has {known}): name one of them with --phase.")
+            raise UsageError(f"the capture has no range {name!r} (it has {known}): name one of them with --phase.")
     own = ranges["domain"] == DOMAIN
     if not names and not (own & (ranges["category"] == "phase")).any():
         names = {name: name for name in PHASES}
@@ -70,8 +72,8 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
     token[steps] = pd.to_numeric(ranges["name"][steps].astype(str).str.extract(_TOKEN)[0])
     ranges = ranges.assign(category=category, phase=phase, token=token)
     if not (ranges["category"] == "phase").any():
-        ranges = pd.concat([ranges, _whole(capture.kernels)], ignore_index=True)
-    ranges = _counted(ranges)
+        ranges = pd.concat([ranges, _whole(capture.kernels, capture.launches)], ignore_index=True)
+    ranges, told = _disjoint(_counted(ranges))
     passes = ranges[ranges["category"] == PASS].sort_values("start_ns")
     tables: dict[str, Any] = {
         name: _by_pass(frame, passes)
@@ -82,11 +84,53 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
             ("ranges", ranges),
         )
     }
-    return replace(capture, **tables)
+    return replace(capture, **tables, told=[*capture.told, *told])
 
 
-def _whole(kernels: pd.DataFrame) -> pd.DataFrame:
+def _disjoint(ranges: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Return *ranges* with no phase inside or across another, and sentences that say what became of those.
+
+    Of ranges of one phase, one in the other (recursion, a wrapper that annotates too), the outermost counts. Where
+    phases overlap otherwise (two requests in flight) the later begins when the earlier ends.
+    """
+    rows = ranges[ranges["category"] == "phase"].sort_values(["start_ns", "end_ns"], ascending=[True, False])
+    if "pass" in ranges:
+        rows = rows.sort_values(["pass", "start_ns", "end_ns"], ascending=[True, True, False], kind="stable")
+    inner: list[Any] = []
+    moved: dict[Any, int | None] = {}
+    until, phase = -1, None
+    for index, start_ns, end_ns, name in zip(rows.index, rows["start_ns"], rows["end_ns"], rows["phase"], strict=True):
+        if start_ns >= until:
+            until, phase = end_ns, name
+        elif end_ns <= until:
+            inner.append(index)
+            if name != phase:
+                moved[index] = None
+        else:
+            moved[index] = until
+            until, phase = end_ns, name
+    told = []
+    nested = len([index for index in inner if index not in moved])
+    if nested:
+        told.append(f"Of ranges of one phase inside each other the outermost counts: {nested:,} inner ones do not.")
+    if moved:
+        told.append(
+            f"Phases overlap {len(moved):,} times: kernels in such a time count to the phase that began first, and "
+            "what each phase took by itself cannot be told."
+        )
+    later = {index: start for index, start in moved.items() if start is not None}
+    ranges = ranges.assign(start_ns=ranges["start_ns"].where(~ranges.index.isin(later), ranges.index.map(later)))
+    ranges["start_ns"] = ranges["start_ns"].astype(np.int64)
+    category = ranges["category"].where(~ranges.index.isin(inner), None)
+    return ranges.assign(category=category), told
+
+
+def _whole(kernels: pd.DataFrame, launches: pd.DataFrame) -> pd.DataFrame:
+    """Return one phase of everything: from the first kernel's launch, which decides where it belongs, to the end."""
     start_ns, end_ns = int(kernels["start_ns"].min()), int(kernels["end_ns"].max())
+    known = launches[launches["correlation_id"].isin(kernels["correlation_id"]) & (launches["correlation_id"] != 0)]
+    if len(known):
+        start_ns, end_ns = min(start_ns, int(known["start_ns"].min())), max(end_ns, int(known["start_ns"].max()))
     row = {"start_ns": [start_ns], "end_ns": [end_ns], "thread": [0], "name": [WHOLE], "category": ["phase"]}
     return rows_of("ranges", {**row, "phase": [WHOLE], "depth": [0]})
 

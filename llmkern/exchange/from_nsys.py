@@ -25,6 +25,8 @@ SCHEMA_MAJOR = 3
 RANGES, CATEGORY, DOMAIN_NAME = (59, 60, 70, 71), 33, 75
 # CUPTI's names of copies and kinds of memory; the export counts memory from 0, CUPTI from 1.
 COPIES = {1: "HtoD", 2: "DtoH", 3: "HtoA", 4: "AtoH", 5: "AtoA", 6: "AtoD", 7: "DtoA", 8: "DtoD", 9: "HtoH", 10: "PtoP"}
+# Pages of unified memory that move.
+UNIFIED = {11: "HtoD", 12: "DtoH", 13: "DtoD"}
 MEMORIES = {0: "pageable", 1: "pinned", 2: "device", 3: "array", 4: "managed"}
 _VERSION_SUFFIX = re.compile(r"_v\d+$|_ptsz$|_ptds$")
 _NOT_ONE = "export a capture with 'nsys export --type sqlite' and import that"
@@ -52,6 +54,7 @@ class _Export:
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
         self._tables = {re.sub(r"_V\d+$", "", str(name)): str(name) for name in sorted(map(str, names))}
         self.missing: list[str] = []
+        self.told: list[str] = []
 
     def capture(self) -> Capture:
         about = self._meta()
@@ -72,7 +75,7 @@ class _Export:
         device = int(kernels["device"].value_counts().index[0])
         begin_ns = self._begin_ns()
         launches = self._launches(strings, owner)
-        ranges = self._ranges(strings, owner)
+        ranges = self._ranges(strings, owner, int(max(kernels["end_ns"].max(), launches["end_ns"].max(), 0)))
         overheads = self._overheads(strings, owner)
         for frame in (kernels, launches, overheads, ranges):
             frame["start_ns"] = frame["start_ns"].astype(np.int64) + begin_ns
@@ -89,6 +92,7 @@ class _Export:
             started=pd.Timestamp(begin_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
             versions={"nsys": about.get("EXPORT_PRODUCT_VERSION")},
             missing=self.missing,
+            told=self.told,
         )
 
     def _meta(self) -> dict[str, str]:
@@ -170,7 +174,9 @@ class _Export:
         rows = self._read("CUPTI_ACTIVITY_KIND_MEMCPY", [*common, "bytes", "copyKind", "srcKind", "dstKind"])
         host = np.where(rows["copyKind"] == 2, rows["dstKind"], rows["srcKind"])
         names = [
-            f"memcpy {COPIES.get(copy, 'unknown')} ({'device' if copy == 10 else MEMORIES.get(memory, 'unknown')})"
+            f"memcpy UVM {UNIFIED[copy]}"
+            if copy in UNIFIED
+            else f"memcpy {COPIES.get(copy, 'unknown')} ({'device' if copy == 10 else MEMORIES.get(memory, 'unknown')})"
             for copy, memory in zip(rows["copyKind"], host, strict=True)
         ]
         parts.append(rows.assign(name=names, kind="memcpy", copied_bytes=rows["bytes"]))
@@ -227,7 +233,7 @@ class _Export:
             }
         )
 
-    def _ranges(self, strings: pd.Series, owner: int) -> pd.DataFrame:
+    def _ranges(self, strings: pd.Series, owner: int, last_ns: int) -> pd.DataFrame:
         columns = ["start", "end", "eventType", "category", "text", "textId", "globalTid", "domainId", "jsonText"]
         rows = self._read("NVTX_EVENTS", columns)
         if rows.empty:
@@ -240,6 +246,13 @@ class _Export:
             (domain, number): name
             for domain, number, name in zip(rows["domainId"][named], rows["category"][named], text[named], strict=True)
         }
+        open_ = rows["eventType"].isin(RANGES) & rows["end"].isna() & text.notna()
+        if open_.any():
+            names = ", ".join(map(str, text[open_].value_counts().index[:5]))
+            self.told.append(
+                f"{int(open_.sum()):,} NVTX range(s) have no end ({names}): taken to go on to the end of the capture."
+            )
+            rows = rows.assign(end=rows["end"].where(~open_, last_ns))
         keep = rows["eventType"].isin(RANGES) & rows["end"].notna() & text.notna()
         rows, text = _of_process(rows[keep], owner), text[keep]
         rows = rows[rows["end"] >= rows["start"]]

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import zlib
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,61 @@ from llmkern.exchange.capture import Capture, rows_of
 from llmkern.runfolder.facts import DeviceFacts, ImportedFacts, device_facts
 
 GZIP = b"\x1f\x8b"
-_GPU = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset"}
-_CALLS = ("cuda_runtime", "cuda_driver")
+# Kineto wrote "Kernel", "Memcpy", "Memset" and "Runtime" before PyTorch 1.13.
+_GPU = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset", "memcpy": "memcpy", "memset": "memset"}
+_CALLS = ("cuda_runtime", "cuda_driver", "runtime")
+# Where no start of the trace is given, so many microseconds are a date after 2001.
+_DATED_US = 10**15
+# What a process or thread has for a number in the tables.
+_MOST = 2**31 - 1
 _NOTES = ("user_annotation",)
 _COPY = re.compile(r"^Memcpy (\w+) \((\w+) -> (\w+)\)")
 _VERSION_SUFFIX = re.compile(r"_v\d+$")
+# What Nsight Systems writes with --type json or jsonlines: event objects of its own.
+_NSYS_JSON = re.compile(
+    r'"(CudaEvent|TraceProcessEvent|NvtxEvent|GlobalId|globalTid|eventClass|StringId|TargetInfo\w*)"'
+)
+_NSYS_SENTENCE = (
+    "is JSON of Nsight Systems, which has no documented form: run 'nsys export --type sqlite' on its report and import "
+    "the result."
+)
 
 
 def read_torch(path: Path) -> Capture:
     """Return what the trace *path* holds; raises UsageError for a file that is torn, foreign or without GPU work."""
     try:
         data = path.read_bytes()
-        return _capture(json.loads(gzip.decompress(data) if data.startswith(GZIP) else data), path)
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        return _capture(_parsed(gzip.decompress(data) if data.startswith(GZIP) else data, path), path)
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         raise UsageError(
             f"{path} cannot be read as a trace of torch.profiler ({type(error).__name__}: {error}): write it again "
             "with prof.export_chrome_trace(FILE)."
         ) from error
+
+
+def _parsed(data: bytes, path: Path) -> Any:
+    """Return the JSON of *data*: in any Unicode, with control characters in names; raises UsageError for nsys' own."""
+    text = data.decode(json.detect_encoding(data), "surrogatepass").removeprefix("\ufeff")
+    try:
+        # Microseconds since 1970 have more digits than a float.
+        return json.loads(text, strict=False, parse_float=Decimal)
+    except json.JSONDecodeError as error:
+        if _NSYS_JSON.search(text[:65536]):
+            raise UsageError(f"{path} {_NSYS_SENTENCE}") from error
+        raise
+
+
+def _category(event: dict[str, Any]) -> str:
+    return str(event.get("cat", "")).lower()
 
 
 def _capture(trace: Any, path: Path) -> Capture:
@@ -40,28 +79,30 @@ def _capture(trace: Any, path: Path) -> Capture:
     about = trace if isinstance(trace, dict) else {}
     base_ns = int(about.get("baseTimeNanoseconds") or 0)
     whole = [e for e in events if isinstance(e, dict) and e.get("ph") == "X"]
-    gpu = [e for e in whole if e.get("cat") in _GPU]
+    gpu = [e for e in whole if _category(e) in _GPU]
+    if not gpu and isinstance(trace, list) and _NSYS_JSON.search(str(events[:20]).replace("'", '"')):
+        raise UsageError(f"{path} {_NSYS_SENTENCE}")
     if not gpu:
         raise UsageError(
             f"{path} holds no kernel or copy of a GPU among {len(whole)} events: profile with "
             "activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]."
         )
     kernels = pd.DataFrame([_kernel(e, base_ns) for e in gpu]).sort_values("start_ns", kind="stable")
-    calls = [e for e in whole if e.get("cat") in _CALLS]
-    notes = [e for e in whole if e.get("cat") in _NOTES]
+    calls = [e for e in whole if _category(e) in _CALLS]
+    notes = [e for e in whole if _category(e) in _NOTES]
     missing = []
     if not calls:
         missing.append("host calls: without them gaps have no cause")
     if not notes:
         missing.append("annotations (torch.profiler.record_function): without them there are no phases")
-    if not base_ns:
+    if not base_ns and max(_decimal(e.get("ts", 0)) for e in gpu) < _DATED_US:
         missing.append("the start of the trace: times count from 1970")
     launches = pd.DataFrame(
         [
             {
                 **_times(e, base_ns),
-                "process": _whole(e.get("pid")),
-                "thread": _whole(e.get("tid")),
+                "process": _number(e.get("pid")),
+                "thread": _number(e.get("tid")),
                 "correlation_id": _whole(e.get("args", {}).get("correlation")),
                 "api": _VERSION_SUFFIX.sub("", str(e.get("name"))),
             }
@@ -70,15 +111,23 @@ def _capture(trace: Any, path: Path) -> Capture:
     )
     ranges = pd.DataFrame(
         [
-            {**_times(e, base_ns), "thread": _whole(e.get("tid")), "domain": "", "name": str(e.get("name")), "depth": 0}
+            {
+                **_times(e, base_ns),
+                "thread": _number(e.get("tid")),
+                "domain": "",
+                "name": str(e.get("name")),
+                "depth": 0,
+            }
             for e in notes
         ]
     )
     first_ns = int(kernels["start_ns"].iloc[0])
     schema = about.get("schemaVersion")
-    tables = {"kernels": kernels, "launches": launches, "overheads": pd.DataFrame(), "ranges": ranges}
     return Capture(
-        **{name: rows_of(name, rows) for name, rows in tables.items()},
+        rows_of("kernels", kernels),
+        rows_of("launches", launches),
+        rows_of("overheads", {}),
+        rows_of("ranges", ranges),
         imported=ImportedFacts(
             file=path.name, format="a trace of torch.profiler", schema=None if schema is None else str(schema)
         ),
@@ -90,9 +139,16 @@ def _capture(trace: Any, path: Path) -> Capture:
 
 
 def _times(event: dict[str, Any], base_ns: int) -> dict[str, int]:
-    # Microseconds with three decimals: whole nanoseconds, once rounded.
-    start_ns = base_ns + round(float(event["ts"]) * 1e3)
-    return {"start_ns": start_ns, "end_ns": start_ns + max(0, round(float(event.get("dur", 0)) * 1e3))}
+    start_us, long_us = _decimal(event["ts"]), _decimal(event.get("dur") or 0)
+    if start_us == 0 and long_us == 0:
+        # What CUPTI could not time.
+        return {"start_ns": 0, "end_ns": 0}
+    start_ns = base_ns + round(start_us * 1000)
+    return {"start_ns": start_ns, "end_ns": start_ns + round(long_us * 1000)}
+
+
+def _decimal(value: Any) -> Decimal:
+    return value if isinstance(value, Decimal) else Decimal(str(value))
 
 
 def _kernel(event: dict[str, Any], base_ns: int) -> dict[str, Any]:
@@ -102,7 +158,7 @@ def _kernel(event: dict[str, Any], base_ns: int) -> dict[str, Any]:
     if copy:
         host = copy[3] if copy[1] == "DtoH" else copy[2]
         name = f"memcpy {copy[1]} ({'device' if copy[1] == 'PtoP' else host.lower()})"
-    kind = _GPU[event["cat"]]
+    kind = _GPU[_category(event)]
     found = {
         **_times(event, base_ns),
         "device": _whole(told.get("device")),
@@ -131,11 +187,20 @@ def _whole(value: Any) -> int:
         return 0
 
 
+def _number(value: Any) -> int:
+    """Return *value* as a process or thread of the tables: tools that merge traces shift them beyond what fits."""
+    number = _whole(value)
+    return number if abs(number) <= _MOST else number % _MOST
+
+
 def _device(properties: list[dict[str, Any]], index: int) -> DeviceFacts:
     own = next((p for p in properties if p.get("id") == index), None)
+    if own is None and len(properties) == 1:
+        # ROCm numbers agents in events and devices from 0 here; of one device there is no doubt.
+        own = properties[0]
     if own is None:
         return DeviceFacts(kind="cuda", index=index, name="unknown GPU")
-    found: dict[str, Any] = {"kind": "cuda", "index": index, "name": str(own.get("name", "unknown GPU"))}
+    found: dict[str, Any] = {"kind": "cuda", "index": index, "name": str(own.get("name") or "unknown GPU")}
     if "computeMajor" in own and "computeMinor" in own:
         found["compute_capability"] = f"{own['computeMajor']}.{own['computeMinor']}"
     for old, new in (("totalGlobalMem", "memory_bytes"), ("numSms", "multiprocessors")):

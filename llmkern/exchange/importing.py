@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, with_phases
 from llmkern.exchange.from_nsys import MAGIC, read_nsys
 from llmkern.exchange.from_torch import GZIP, read_torch
+from llmkern.exchange.sound import sound
 from llmkern.runfolder import RunFolder, RunWriter
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import OptionFacts, RecorderFacts, RunFacts, without_home
@@ -35,19 +36,24 @@ def default_folder(path: Path, energy: Path | None = None) -> Path:
 
 
 def import_capture(
-    path: Path, out: Path, *, energy: Path | None = None, phases: Mapping[str, str] | None = None, force: bool = False
+    path: Path, out: Path, *, energy: Path | None = None, phases: Sequence[str] = (), force: bool = False
 ) -> RunFolder:
     """Write the capture *path* as run folder *out* and return it.
 
     *energy* is a weighed run of the same workload whose joules the captured kernels get; *phases* names the ranges that
-    are phases (name → phase). Raises UsageError for a file that is none of the known formats or torn, and where *out*
-    is or lies inside one of the inputs.
+    are phases (NAME or NAME=PHASE). Raises UsageError for a file that is none of the known formats or torn, and where
+    *out* is or lies inside one of the inputs.
     """
     weighed = RunFolder(energy) if energy is not None else None
     check_output(out, [path, energy, weighed.path if weighed is not None else None])
     check_run_target(out, force)
     try:
-        capture = with_phases(_read(path), phases or {})
+        capture = _read(path)
+        kernels, launches, told = sound(capture.kernels, capture.launches)
+        if kernels.empty:
+            raise UsageError(f"{path} holds no GPU record with times ({' '.join(told)}): capture again.")
+        capture = replace(capture, kernels=kernels, launches=launches, told=[*capture.told, *told])
+        capture = with_phases(capture, _named(phases, capture))
         facts = _facts(capture, weighed)
         tables = [(name, _table(name, getattr(capture, name))) for name in _CAPTURED if len(getattr(capture, name))]
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
@@ -72,18 +78,37 @@ def import_capture(
     return RunFolder(out)
 
 
+def _named(phases: Sequence[str], capture: Capture) -> dict[str, str]:
+    """Return the phase of each range that *phases* names (NAME or NAME=PHASE).
+
+    A name may hold "=" itself: what is left of the last one is the name if the capture has such a range.
+    """
+    there = set(capture.ranges["name"].astype(str))
+    found = {}
+    for text in phases:
+        if text in there or "=" not in text:
+            found[text] = text
+            continue
+        cuts = [i for i, letter in enumerate(text) if letter == "="]
+        cut = next((i for i in reversed(cuts) if text[:i] in there and text[i + 1 :]), cuts[-1])
+        found[text[:cut]] = text[cut + 1 :] or text[:cut]
+    return found
+
+
 def _read(path: Path) -> Capture:
     if not path.exists():
         raise UsageError(f"{path} does not exist: give the file that the other tool exported.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder: give the file that the other tool exported.")
     with open(path, "rb") as file:
-        head = file.read(len(MAGIC))
+        head = file.read(1024)
     if not head:
         raise UsageError(f"{path} is empty: export the capture again.")
-    if head == MAGIC:
+    if head.startswith(MAGIC):
         return read_nsys(path)
-    if head[: len(GZIP)] == GZIP or head.lstrip()[:1] in (b"{", b"["):
+    # A byte order mark, and every other byte of UTF-16, say nothing.
+    text = head.replace(b"\0", b"").removeprefix(b"\xef\xbb\xbf").removeprefix(b"\xff\xfe").removeprefix(b"\xfe\xff")
+    if head.startswith(GZIP) or text.lstrip()[:1] in (b"{", b"["):
         return read_torch(path)
     if path.suffix == ".nsys-rep":
         raise UsageError(
@@ -98,7 +123,7 @@ def _read(path: Path) -> Capture:
 
 def _facts(capture: Capture, weighed: RunFolder | None) -> RunFacts:
     tokens = pd.to_numeric(capture.ranges["new_tokens"]).max()
-    source = replace(capture.imported, missing=tuple(capture.missing))
+    source = replace(capture.imported, missing=tuple(capture.missing), told=tuple(capture.told))
     facts = RunFacts(
         started=capture.started,
         device=capture.device,

@@ -11,6 +11,7 @@ from llmkern.runfolder import RunFolder
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import RunFacts
 from llmkern.runfolder.vocabulary import DRIFT, STEP_NS
+from llmkern.text import quantity
 
 # Above this the recorder changes the run too much for its gaps to be taken at face value.
 RECORDER_LIMIT = 0.05
@@ -19,6 +20,8 @@ AGREEMENT_LIMIT = 0.02
 SENSOR_LIMIT = 0.03
 # Kernels and gaps have to add up to what the counter moved, to within this share.
 CLOSURE_LIMIT = 0.05
+# A capture whose phase is shorter than the weighed one by more than this is of other work.
+WORKLOAD_LIMIT = 0.3
 # A difference of less than this share of its parts says little.
 LEAST_SHARE = 0.15
 _THROTTLE = {
@@ -90,6 +93,7 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
             "The capture holds no energy, only time: import it again with --energy RUN, a run of the same workload "
             "that llmkern weighed, for joules.",
             *(f"The capture lacks {what}." for what in run.facts.imported.missing),
+            *run.facts.imported.told,
         ]
     if run.facts.options.annotate_only and run.facts.imported is None:
         return [
@@ -118,6 +122,8 @@ def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
             "Kernels are given equal power here: energy by duration, so that a light kernel counts too much and a "
             "heavy one too little; without --quick operators are replayed to tell them apart."
         )
+    if run.facts.imported is not None:
+        found += [*run.facts.imported.told, *_of_another_workload(attribution)]
     found += _sensors(run)
     found += _too_short(run, attribution)
     found += _closure(attribution)
@@ -134,6 +140,28 @@ def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
             found.append(
                 f"The run was at {mean_c:.0f} °C, the idle floor was measured at {floor.lowest_c:.0f}-"
                 f"{floor.highest_c:.0f} °C and extended by {beyond:.0f} °C."
+            )
+    return found
+
+
+def _of_another_workload(attribution: Attribution) -> list[str]:
+    """Say of which phase a capture shows another amount of work than the run whose energy it was given.
+
+    A recorder may make a run slower; it makes none faster, and changes no number of launches.
+    """
+    found = []
+    for phase, account in attribution.accounts.items():
+        own = attribution.timeline.phases
+        rows = own[own["phase"] == phase]
+        units = max(1, int(rows["tokens"].sum()))
+        traced_s = float((rows["busy_ns"] + rows["gap_ns"]).sum()) / 1e9 / units
+        weighed_s = account.weight.latency_s.value
+        if len(rows) and weighed_s > 0 and traced_s < (1 - WORKLOAD_LIMIT) * weighed_s:
+            found.append(
+                f"The capture is not of the weighed workload: its {phase} takes {quantity(traced_s, 's')} with "
+                f"{rows['kernels'].sum() / units:,.0f} launches, the weighed one {quantity(weighed_s, 's')} (limit "
+                f"{WORKLOAD_LIMIT:.0%} less): its joules are not those of these kernels; import it with the energy of "
+                "the same model, precision, batch and lengths."
             )
     return found
 

@@ -92,7 +92,8 @@ def _roofline(attribution: Attribution, phase: str) -> pd.DataFrame:
     # What a CUDA graph of the model's own moves and computes is not known.
     frame = frame[(frame["moved_bytes"] > 0) | (frame["flops"] > 0)]
     seconds = frame["duration_ns"] / 1e9
-    rate = frame["dtypes"].map(lambda text: limits.flops.get(_compute_dtype(str(text)), np.inf))
+    # Of no rows at all pandas makes texts.
+    rate = frame["dtypes"].map(lambda text: limits.flops.get(_compute_dtype(str(text)), np.inf)).astype(float)
     by_bytes_s, by_flops_s = frame["moved_bytes"] / limits.bytes_per_s, frame["flops"] / rate
     floor_s = np.maximum(by_bytes_s, by_flops_s)
     frame = frame.assign(

@@ -125,6 +125,11 @@ def _note(attribution: Attribution) -> str:
         return "Weighed, but without one whole phase in the timeline, so that its energy cannot be split:"
     if not attribution.run.has("kernels") and attribution.run.complete:
         return "Table kernels is not there, so energy cannot be split; the phases as weighed:"
+    if attribution.run.facts.imported is not None and attribution.run.has("kernels"):
+        return (
+            "The capture has no prefill or decode to give the joules to (name its ranges with --phase NAME=PHASE); the "
+            "phases as weighed:"
+        )
     return "The timeline pass recorded no kernels, so energy cannot be split; the phases as weighed:"
 
 

@@ -206,12 +206,16 @@ class MeterFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedFacts:
-    """The file of another tool that a run was made of; *missing* says in words what it did not hold."""
+    """The file of another tool that a run was made of.
+
+    *missing* says in words what it did not hold, *told* in sentences what was done to what it holds.
+    """
 
     file: str
     format: str
     schema: str | int | None = None
     missing: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from llmkern.attribute.time.operators import UNIDENTIFIED
 
 KINDS = (
     *("gemm", "gemv", "attention", "quantize", "dequantize", "outlier", "norm", "rope", "elementwise", "cast"),
-    *("reduce", "gather", "sampling", "copy", "memset", "other"),
+    *("reduce", "gather", "sampling", "copy", "memset", "communication", "other"),
 )
 
 
@@ -82,20 +82,28 @@ RULES = (
     ),
     Rule("copy", name=r"^memcpy"),
     Rule("elementwise", op=r"^aten\."),
-    # No operator is known: the name is all there is.
-    Rule("attention", name=r"flash|fmha|attention|sdpa"),
-    Rule("dequantize", name=r"[dD]equant"),
-    Rule("quantize", name=r"[qQ]uant"),
-    Rule("gemv", name=r"gemv|dot_kernel"),
-    Rule("gemm", name=r"gemm|nvjet|cutlass|cublas|splitK|matmul|ampere_.*_tn|sm90_xmma"),
-    Rule("norm", name=r"(layer|rms|group).?_?norm"),
-    Rule("rope", name=r"rotary|rope"),
-    Rule("sampling", name=r"argmax|topk|sampl"),
-    Rule("copy", name=r"CatArray|copy_kernel_cuda(?!.*(BFloat16|Half|float))|copy_device"),
-    Rule("cast", name=r"(bfloat16|float16|float8)_copy_kernel|direct_copy_kernel"),
-    Rule("gather", name=r"index|gather|scatter|embedding"),
-    Rule("reduce", name=r"reduce|softmax|cumsum|scan|^triton_(red|per)_"),
-    Rule("elementwise", name=r"elementwise|fill|arange|^triton_poi_|^triton_"),
+    # No operator is known: the name is all there is. A wrong kind is worse than none.
+    Rule("communication", name=r"^(?i:nccl|rccl)|nccl(Dev)?Kernel|cross_device_reduce|AllReduce|all_reduce_kernel"),
+    # What a norm or an attention could do besides stands in its template's arguments, mostly as "no".
+    Rule("norm", name=r"(?i)(layer|rms|group)_?norm"),
+    Rule("copy", name=r"reshape_and_cache|concat_and_cache|store_kv|kv_?cache_(copy|store|write)"),
+    Rule("quantize", name=r"(?i)quantize_with|(^|::|_)((dynamic|static|per_token|per_channel|scaled|nvfp4)_)+\w*quant"),
+    Rule("attention", name=r"(?i)flash_?(fwd|bwd|att|dec)|fmha|attention|sdpa|flash::|(prefill|decode)with\w*kv"),
+    Rule("attention", name=r"(?i)mla_\w*kernel"),
+    Rule("gemm", name=r"(?i)marlin|machete|gptq|awq_gemm|exl2|mul_mat_[qv]|gemm_(half|forward)_q"),
+    Rule("dequantize", name=r"(?i)dequant"),
+    Rule("gemv", name=r"(?i)gemv|dot_kernel"),
+    Rule("gemm", name=r"(?i)(?<!fb)gemm(?!_gpu)|nvjet|cutlass|cublas|splitk|matmul|ampere_.*_tn|xmma"),
+    Rule("gemm", name=r"^Cijk_|^bmm_|^_?(fused_)?moe_kernel"),
+    Rule("quantize", name=r"(?i)(?<!de)quanti[sz]e|kInt8VectorQuant|_quant_kernel|quant_fp8|to_mx"),
+    Rule("rope", name=r"(?i)rotary|(^|[_:])rope"),
+    Rule("sampling", name=r"(?i)argmax|top_?[kp]|(^|[_:])sampl(e|ing)(?!d)|multinomial"),
+    # PyTorch's copies that change no dtype say so ("nocast"); casts load or store with one, or lack that word.
+    Rule("copy", name=r"nocast.*direct_copy_kernel|CatArray|copy_kernel_cuda(?!.*(BFloat16|Half|float))|copy_device"),
+    Rule("cast", name=r"(bfloat16|float16|float8)_copy_kernel|(Load|Store)WithCast|direct_copy_kernel"),
+    Rule("gather", name=r"index|gather|scatter|embedding|permute_[12]D"),
+    Rule("reduce", name=r"(?i)reduce|softmax|cumsum|scan|^triton_(red|per)_"),
+    Rule("elementwise", name=r"elementwise|fill|arange|upsample|^triton_|(silu|gelu|swiglu|act)_and_mul"),
 )
 
 

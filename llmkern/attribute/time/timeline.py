@@ -192,7 +192,10 @@ def _issued(kernels: pd.DataFrame, launches: pd.DataFrame) -> tuple[np.ndarray, 
     own = kernels["start_ns"].to_numpy()
     if launches.empty:
         return np.full(len(own), NONE, np.int32), own
-    call = find(launches["correlation_id"].to_numpy(), kernels["correlation_id"].to_numpy()).astype(np.int32)
+    wanted = kernels["correlation_id"].to_numpy()
+    call = find(launches["correlation_id"].to_numpy(), wanted).astype(np.int32)
+    # Tools write 0 where they do not know: no launch is that of another such record.
+    call[wanted == 0] = NONE
     issued_ns = launches["start_ns"].to_numpy()[call]
     unknown = call < 0
     return call, np.where(unknown, own, issued_ns) if unknown.any() else issued_ns
