@@ -187,7 +187,7 @@ class Attribution:
         else:
             own = self.frame[(self.frame["phase"] == phase) & (self.frame["kind"] == "gap")]
             gaps = own.drop(columns=["phase", "unit"]).assign(
-                cause="unknown", kind=None, op=None, module=None, name=own["name"].str.partition(" → ")[2]
+                cause="unknown", kind=None, op=None, module=None, name=own["name"].astype(str).str.split(" → ").str[-1]
             )
         parts.append(gaps.assign(part="gaps"))
         rest = self.frame[(self.frame["phase"] == phase) & (self.frame["kind"] == "residual")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from llmkern.commands import CONTEXT, common
-from llmkern.runfolder.vocabulary import PHASES, TRACED
+from llmkern.runfolder.vocabulary import TRACED
 
 
 @click.command("export", context_settings=CONTEXT)
@@ -21,7 +21,7 @@ from llmkern.runfolder.vocabulary import PHASES, TRACED
 @common.out("File or folder to write.  [default: RUN-FORMAT beside RUN]")
 @click.option("--force", is_flag=True, help="Replace what llmkern wrote there before.")
 @click.option("--pass", "pass_name", type=click.Choice(TRACED), help="Only this pass.  [default: both, as recorded]")
-@click.option("--phase", type=click.Choice(PHASES), help="Only this phase.")
+@click.option("--phase", help="Only this phase: prefill, decode, or what a capture's is called.")
 @click.option("--tokens", metavar="A:B", help="Only these token steps.")
 @click.option(
     "--merge",

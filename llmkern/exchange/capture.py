@@ -42,8 +42,10 @@ class Capture:
 
 def rows_of(table: str, columns: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
     """Return *columns* as rows of *table*; those that are not given are empty."""
-    frame = pd.DataFrame(columns)
-    return frame.reindex(columns=TABLES[table].names)
+    frame = pd.DataFrame(columns).reindex(columns=TABLES[table].names)
+    # Nanoseconds since 1970 do not fit a float, which a table without rows would make of others that join it.
+    times = [column for column in ("start_ns", "end_ns") if column in frame and frame[column].notna().all()]
+    return frame.astype(dict.fromkeys(times, np.int64))
 
 
 def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
@@ -118,9 +120,10 @@ def _disjoint(ranges: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
             f"Phases overlap {len(moved):,} times: kernels in such a time count to the phase that began first, and "
             "what each phase took by itself cannot be told."
         )
-    later = {index: start for index, start in moved.items() if start is not None}
-    ranges = ranges.assign(start_ns=ranges["start_ns"].where(~ranges.index.isin(later), ranges.index.map(later)))
-    ranges["start_ns"] = ranges["start_ns"].astype(np.int64)
+    ranges = ranges.assign(start_ns=ranges["start_ns"].astype(np.int64))
+    for index, start_ns in moved.items():
+        if start_ns is not None:
+            ranges.loc[index, "start_ns"] = start_ns
     category = ranges["category"].where(~ranges.index.isin(inner), None)
     return ranges.assign(category=category), told
 

@@ -29,6 +29,7 @@ COPIES = {1: "HtoD", 2: "DtoH", 3: "HtoA", 4: "AtoH", 5: "AtoA", 6: "AtoD", 7: "
 UNIFIED = {11: "HtoD", 12: "DtoH", 13: "DtoD"}
 MEMORIES = {0: "pageable", 1: "pinned", 2: "device", 3: "array", 4: "managed"}
 _VERSION_SUFFIX = re.compile(r"_v\d+$|_ptsz$|_ptds$")
+LONGEST_BYTES = 16 * 2**20
 _NOT_ONE = "export a capture with 'nsys export --type sqlite' and import that"
 
 
@@ -40,8 +41,19 @@ def read_nsys(path: Path) -> Capture:
     try:
         # Read-only: nsys files are evidence, and a missing one is not to be created.
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            # No name and no note of an export is longer; a file may say that one of a few bytes is.
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LONGEST_BYTES)
             return _Export(connection, path).capture()
-    except (sqlite3.Error, UnicodeDecodeError, ValueError, TypeError, OverflowError, KeyError) as error:
+    except (
+        sqlite3.Error,
+        pd.errors.DatabaseError,
+        UnicodeDecodeError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        KeyError,
+        MemoryError,
+    ) as error:
         raise UsageError(f"{path} cannot be read as an Nsight Systems export ({error}): {_NOT_ONE}.") from error
 
 
@@ -51,7 +63,8 @@ class _Export:
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
         self._path = path
-        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")]
+        # An export holds tables. A view may compute what it likes, for as long as it likes.
+        names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
         self._tables = {re.sub(r"_V\d+$", "", str(name)): str(name) for name in sorted(map(str, names))}
         self.missing: list[str] = []
         self.told: list[str] = []
@@ -59,7 +72,7 @@ class _Export:
     def capture(self) -> Capture:
         about = self._meta()
         self._check(about)
-        strings = self._read("StringIds", ["id", "value"]).set_index("id")["value"]
+        strings = self._read("StringIds", ["id", "value"]).drop_duplicates("id").set_index("id")["value"]
         kernels = self._kernels(strings)
         if kernels.empty:
             raise UsageError(

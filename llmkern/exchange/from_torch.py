@@ -51,6 +51,7 @@ def read_torch(path: Path) -> Capture:
         KeyError,
         AttributeError,
         ArithmeticError,
+        RecursionError,
     ) as error:
         raise UsageError(
             f"{path} cannot be read as a trace of torch.profiler ({type(error).__name__}: {error}): write it again "
@@ -65,9 +66,14 @@ def _parsed(data: bytes, path: Path) -> Any:
         # Microseconds since 1970 have more digits than a float.
         return json.loads(text, strict=False, parse_float=Decimal)
     except json.JSONDecodeError as error:
+        # What is wrong is often one name; which event has it shows in what stands around it.
         if _NSYS_JSON.search(text[:65536]):
             raise UsageError(f"{path} {_NSYS_SENTENCE}") from error
-        raise
+        around = text[max(0, error.pos - 40) : error.pos + 20]
+        raise UsageError(
+            f"{path} cannot be read as a trace of torch.profiler: no JSON at character {error.pos:,} ({error.msg}), behind {around!r}: mend the file there, or "
+            "capture again (names with backslashes are written so by some versions)."
+        ) from error
 
 
 def _category(event: dict[str, Any]) -> str:

@@ -20,6 +20,8 @@ AGREEMENT_LIMIT = 0.02
 SENSOR_LIMIT = 0.03
 # Kernels and gaps have to add up to what the counter moved, to within this share.
 CLOSURE_LIMIT = 0.05
+# Kernels that overlap for less than this share of the busy time change no figure that is shown.
+OVERLAP_LIMIT = 0.01
 # A capture whose phase is shorter than the weighed one by more than this is of other work.
 WORKLOAD_LIMIT = 0.3
 # A difference of less than this share of its parts says little.
@@ -94,6 +96,7 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
             "that llmkern weighed, for joules.",
             *(f"The capture lacks {what}." for what in run.facts.imported.missing),
             *run.facts.imported.told,
+            *_overlap(attribution),
         ]
     if run.facts.options.annotate_only and run.facts.imported is None:
         return [
@@ -123,7 +126,7 @@ def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
             "heavy one too little; without --quick operators are replayed to tell them apart."
         )
     if run.facts.imported is not None:
-        found += [*run.facts.imported.told, *_of_another_workload(attribution)]
+        found += [*run.facts.imported.told, *_of_another_workload(attribution), *_overlap(attribution)]
     found += _sensors(run)
     found += _too_short(run, attribution)
     found += _closure(attribution)
@@ -140,6 +143,22 @@ def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
             found.append(
                 f"The run was at {mean_c:.0f} °C, the idle floor was measured at {floor.lowest_c:.0f}-"
                 f"{floor.highest_c:.0f} °C and extended by {beyond:.0f} °C."
+            )
+    return found
+
+
+def _overlap(attribution: Attribution) -> list[str]:
+    """Say of which phase kernels ran at the same time, so that their times add up to more than it took."""
+    found = []
+    for phase, account in attribution.accounts.items():
+        rows = attribution.kernels_of(phase)
+        traced = attribution.timeline.kernels
+        streams = traced.loc[traced["phase"] == phase, "stream"]
+        together_s = float(rows["duration_ns"].sum()) / 1e9 - account.busy_s
+        if together_s > OVERLAP_LIMIT * account.busy_s and streams.nunique() > 1:
+            found.append(
+                f"Kernels of {streams.nunique()} streams overlap for {quantity(together_s, 's')} of {phase}: their "
+                "times, and their shares of it, add up to more than the device was busy; a diff has that as residual."
             )
     return found
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,36 @@ def test_operators_get_their_marginal_joules_by_replay(
         if "linear" in name:
             (of,) = (n for n in found.unknowns.names if n.endswith(f" in {name}"))
             assert per_launch == pytest.approx(found.per_launch(of, regime=100.0).value, rel=0.3)
+
+
+def _zone(root: Path, folder: str, label: str, energy_uj: int) -> Path:
+    (root / folder).mkdir(parents=True)
+    for name, value in (("name", label), ("energy_uj", energy_uj), ("max_energy_range_uj", 262143328850)):
+        (root / folder / name).write_text(f"{value}\n")
+    return root / folder / "energy_uj"
+
+
+def test_some_packages_are_not_taken_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """codecarbon, zeus#268: after the advice for the first socket its energy passed for that of both."""
+    readable, denied = _zone(tmp_path, "intel-rapl:0", "package-0", 1), _zone(tmp_path, "intel-rapl:1", "package-1", 2)
+    real = Path.read_text
+
+    def read(path: Path, *arguments: Any, **options: Any) -> str:
+        if path == denied:
+            raise PermissionError(13, "Permission denied")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    zones, said = package_zones(tmp_path)
+    assert zones == []
+    assert said is not None
+    assert "1 of 2 CPU packages" in said
+    assert str(denied) in said
+    assert str(readable) not in said
+
+
+def test_dies_that_show_one_counter_are_counted_once(tmp_path: Path) -> None:
+    for die, energy_uj in enumerate((1_000_000, 1_000_000, 7)):
+        _zone(tmp_path, f"intel-rapl:{die}", f"package-0-die-{die}", energy_uj)
+    zones, said = package_zones(tmp_path)
+    assert (len(zones), said) == (2, None)

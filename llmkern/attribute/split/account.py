@@ -61,7 +61,9 @@ class PhaseAccount:
 
     @property
     def busy_share(self) -> float:
-        return self.busy_s / self.weight.latency_s.value
+        latency_s = self.weight.latency_s.value
+        # A capture may hold nothing but records of no length.
+        return self.busy_s / latency_s if latency_s > 0 else 0.0
 
     @property
     def is_traced_longer(self) -> bool:

@@ -30,25 +30,37 @@ class Zone:
 def package_zones(root: Path = POWERCAP) -> tuple[list[Zone], str | None]:
     """Return the readable package zones, and a sentence that says why there are none."""
     zones: list[Zone] = []
-    denied = []
+    denied: list[Path] = []
+    seen: set[tuple[str, str]] = set()
     for folder in sorted(root.glob("*-rapl:*")):
         # A name with two colons is a part (core, dram) of a package and already counted in it.
         if folder.name.count(":") != 1:
             continue
         try:
-            if not (folder / "name").read_text().startswith("package"):
+            label = (folder / "name").read_text().strip()
+            if not label.startswith("package"):
                 continue
-            (folder / "energy_uj").read_text()
+            name = label.partition("-die-")[0] if "-die-" in label else folder.name
+            counted = name, (folder / "energy_uj").read_text().strip()
+            # Dies of one package may show the same counter; two of their own do not stand at the same microjoule.
+            if counted in seen:
+                continue
+            seen.add(counted)
             wrap = int((folder / "max_energy_range_uj").read_text())
             zones.append(Zone(len(zones), folder / "energy_uj", wrap))
         except PermissionError:
             denied.append(folder / "energy_uj")
         except (OSError, ValueError):
             continue
+    if denied:
+        # The energy of some packages would pass for that of all.
+        files = " ".join(map(str, denied))
+        return [], (
+            f"{len(zones)} of {len(zones) + len(denied)} CPU packages are readable, {files} by root only: "
+            f"'sudo chmod a+r {files}' until the next boot."
+        )
     if zones:
         return zones, None
-    if denied:
-        return [], f"{denied[0]} is readable by root only: 'sudo chmod a+r {denied[0]}' until the next boot."
     return [], f"no RAPL package zone under {root} (usual in virtual machines and on non-x86 CPUs)."
 
 
