@@ -71,8 +71,8 @@ def _parsed(data: bytes, path: Path) -> Any:
             raise UsageError(f"{path} {_NSYS_SENTENCE}") from error
         around = text[max(0, error.pos - 40) : error.pos + 20]
         raise UsageError(
-            f"{path} cannot be read as a trace of torch.profiler: no JSON at character {error.pos:,} ({error.msg}), behind {around!r}: mend the file there, or "
-            "capture again (names with backslashes are written so by some versions)."
+            f"{path} cannot be read as a trace of torch.profiler: no JSON at character {error.pos:,} ({error.msg}), "
+            f"behind {around!r}: mend the file there, or capture again (some versions write backslashes in names so)."
         ) from error
 
 
