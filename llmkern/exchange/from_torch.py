@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import zlib
@@ -20,6 +21,8 @@ GZIP = b"\x1f\x8b"
 # Kineto wrote "Kernel", "Memcpy", "Memset" and "Runtime" before PyTorch 1.13.
 _GPU = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset", "memcpy": "memcpy", "memset": "memset"}
 _CALLS = ("cuda_runtime", "cuda_driver", "runtime")
+# Traces become about 20 times as long.
+_MOST_RATIO, _ALWAYS_BYTES = 100, 2**26
 # Where no start of the trace is given, so many microseconds are a date after 2001.
 _DATED_US = 10**15
 # What a process or thread has for a number in the tables.
@@ -41,7 +44,7 @@ def read_torch(path: Path) -> Capture:
     """Return what the trace *path* holds; raises UsageError for a file that is torn, foreign or without GPU work."""
     try:
         data = path.read_bytes()
-        return _capture(_parsed(gzip.decompress(data) if data.startswith(GZIP) else data, path), path)
+        return _capture(_parsed(_unzipped(data, path) if data.startswith(GZIP) else data, path), path)
     except (
         OSError,
         EOFError,
@@ -57,6 +60,19 @@ def read_torch(path: Path) -> Capture:
             f"{path} cannot be read as a trace of torch.profiler ({type(error).__name__}: {error}): write it again "
             "with prof.export_chrome_trace(FILE)."
         ) from error
+
+
+def _unzipped(data: bytes, path: Path) -> bytes:
+    """Return gzipped *data* (one member or several) as it was; UsageError for more than any trace becomes."""
+    most = _MOST_RATIO * len(data) + _ALWAYS_BYTES
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise UsageError(
+            f"{path} becomes more than {_MOST_RATIO} times as long when it is unpacked ({len(data):,} bytes to over "
+            f"{most:,}): no trace does; unpack it yourself and import the .json if it is one."
+        )
+    return found
 
 
 def _parsed(data: bytes, path: Path) -> Any:

@@ -5,6 +5,7 @@ The inputs in tests/data/captures are made up; each stands for public captures o
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import sqlite3
@@ -19,6 +20,7 @@ from llmkern.exchange.exporting import Request, export_run
 from llmkern.exchange.importing import import_capture
 from llmkern.explain.doubts import doubts
 from tests.recorded import DATA
+from tests.test_cli import llmkern
 
 CAPTURES = DATA / "captures"
 NSYS = DATA / "nsys-export-2025.3.sqlite"
@@ -251,6 +253,43 @@ def test_hostile_files_end_in_a_sentence(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError):
         import_capture(large, tmp_path / "run", force=True)
+
+
+def test_what_unpacks_to_a_thousand_times_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.json.gz"
+    path.write_bytes(gzip.compress(b'{"traceEvents": [' + b" " * 2**27 + b"]}", 9))
+    with pytest.raises(UsageError, match="100 times as long"):
+        import_capture(path, tmp_path / "run")
+
+
+def test_several_members_of_gzip_are_one_trace(tmp_path: Path) -> None:
+    (source,) = CAPTURES.glob("01*/trace.json")
+    whole = source.read_bytes()
+    path = tmp_path / "two.json.gz"
+    path.write_bytes(gzip.compress(whole[:500]) + gzip.compress(whole[500:]))
+    assert len(import_capture(path, tmp_path / "run").table("kernels")) == 5
+
+
+def test_names_with_markup_and_a_megabyte_are_bounded(tmp_path: Path) -> None:
+    (source,) = CAPTURES.glob("01*/trace.json")
+    trace = json.loads(source.read_text())
+    names = ["<script>alert(1)</script>", "=HYPERLINK(1)", "a\x1b[31m\x00b", "x" * 2**20]
+    kernels = [event for event in trace["traceEvents"] if event["cat"] == "kernel"]
+    for event, name in zip(kernels, names, strict=False):
+        event["name"] = name
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps(trace))
+    run = import_capture(path, tmp_path / "run")
+    shown = llmkern("report", str(run.path))
+    assert shown.returncode == 0
+    assert not {"\x1b", "\x00"} & set(shown.stdout)
+    assert max(map(len, shown.stdout.splitlines())) < 400
+    page, csv = tmp_path / "page.html", tmp_path / "csv"
+    for arguments in (("--html", str(page)), ("--csv", str(csv))):
+        assert llmkern("report", str(run.path), *arguments).returncode == 0
+    assert "<script>alert(1)" not in page.read_text()
+    # A spreadsheet takes a cell that begins so for a formula.
+    assert ",=HYPERLINK" not in (csv / "kernels.csv").read_text()
 
 
 def test_a_name_that_is_there_twice_is_read_once(tmp_path: Path) -> None:
