@@ -65,6 +65,9 @@ def _cut(kernels: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     order = np.lexsort((end, start, group))
     same = group[order][1:] == group[order][:-1]
     outlasts = same & (end[order][:-1] > end[order][1:]) & (start[order][1:] > start[order][:-1])
+    # Branches of a graph run side by side under one stream's number.
+    graph = pd.to_numeric(kernels["graph_id"]).fillna(0).to_numpy() if "graph_id" in kernels else np.zeros(len(kernels))
+    outlasts &= (graph[order][:-1] == 0) & (graph[order][1:] == 0)
     rows = order[:-1][outlasts]
     if not len(rows):
         return kernels, 0

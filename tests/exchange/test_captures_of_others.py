@@ -12,12 +12,14 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from llmkern.attribute.attribution import Attribution, attribute
 from llmkern.errors import UsageError
 from llmkern.exchange.exporting import Request, export_run
 from llmkern.exchange.importing import import_capture
+from llmkern.exchange.sound import sound
 from llmkern.explain.doubts import doubts
 from tests.recorded import DATA
 from tests.test_cli import llmkern
@@ -208,6 +210,17 @@ def test_what_outlasts_the_next_on_its_stream_is_cut(tmp_path: Path) -> None:
     attribution = found(tmp_path, "32*/trace.json")
     assert figures(attribution, "decode")[1] == 1_050 * US
     assert "Cut: 1 GPU record" in told(attribution)
+
+
+def test_branches_of_a_graph_are_not_cut() -> None:
+    """They run side by side under the number of the stream that launched the graph."""
+    kernels = pd.DataFrame(
+        {"start_ns": [100, 110], "end_ns": [200, 120], "device": 0, "context": 1, "stream": 7, "correlation_id": 1}
+    )
+    launches = pd.DataFrame({"start_ns": [50], "end_ns": [60], "correlation_id": [1]})
+    (cut, _, told_), (kept, _, nothing) = (sound(kernels.assign(graph_id=g), launches) for g in (0, 3))
+    assert (cut["end_ns"].to_list(), len(told_)) == ([110, 120], 1)
+    assert (kept["end_ns"].to_list(), nothing) == ([200, 120], [])
 
 
 def test_processes_with_large_numbers_are_read(tmp_path: Path) -> None:
