@@ -26,7 +26,7 @@ RANGES, CATEGORY, DOMAIN_NAME = (59, 60, 70, 71), 33, 75
 # CUPTI's names of copies and kinds of memory; the export counts memory from 0, CUPTI from 1.
 COPIES = {1: "HtoD", 2: "DtoH", 3: "HtoA", 4: "AtoH", 5: "AtoA", 6: "AtoD", 7: "DtoA", 8: "DtoD", 9: "HtoH", 10: "PtoP"}
 # Pages of unified memory that move.
-UNIFIED = {11: "HtoD", 12: "DtoH", 13: "DtoD"}
+UNIFIED = {11: "UVM HtoD", 12: "UVM DtoH", 13: "UVM DtoD"}
 MEMORIES = {0: "pageable", 1: "pinned", 2: "device", 3: "array", 4: "managed"}
 _VERSION_SUFFIX = re.compile(r"_v\d+$|_ptsz$|_ptds$")
 LONGEST_BYTES = 16 * 2**20
@@ -187,7 +187,7 @@ class _Export:
         rows = self._read("CUPTI_ACTIVITY_KIND_MEMCPY", [*common, "bytes", "copyKind", "srcKind", "dstKind"])
         host = np.where(rows["copyKind"] == 2, rows["dstKind"], rows["srcKind"])
         names = [
-            f"memcpy UVM {UNIFIED[copy]}"
+            f"memcpy {UNIFIED[copy]}"
             if copy in UNIFIED
             else f"memcpy {COPIES.get(copy, 'unknown')} ({'device' if copy == 10 else MEMORIES.get(memory, 'unknown')})"
             for copy, memory in zip(rows["copyKind"], host, strict=True)

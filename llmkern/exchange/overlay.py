@@ -94,7 +94,7 @@ def overlay(attribution: Attribution, passes: tuple[str, ...] = PASSES) -> Overl
         gaps.append(_gaps(timeline.gaps if caused is None else caused, timeline.kernels, own, attribution))
         launches.append(run.table("launches", where={"pass": name}))
         overheads.append(run.table("overheads", where={"pass": name}))
-        ranges += [_pass_range(name, rows, marks), marks]
+        ranges += [_pass_range(name, (rows, marks, launches[-1])), marks]
         counters += _energies(own, gaps[-1], name)
     if not kernels:
         raise UsageError(f"{run.path} has no kernel in the passes {', '.join(passes)}: nothing was traced.")
@@ -235,9 +235,11 @@ def _gaps(gaps: pd.DataFrame, placed: pd.DataFrame, own: pd.DataFrame, attributi
     )
 
 
-def _pass_range(name: str, kernels: pd.DataFrame, marks: pd.DataFrame) -> pd.DataFrame:
-    start_ns = min(int(frame["start_ns"].min()) for frame in (kernels, marks) if len(frame))
-    end_ns = max(int(frame["end_ns"].max()) for frame in (kernels, marks) if len(frame))
+def _pass_range(name: str, parts: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]) -> pd.DataFrame:
+    """Return the range of pass *name* around its kernels, ranges and host calls (*parts*)."""
+    start_ns = min(int(frame["start_ns"].min()) for frame in parts if len(frame))
+    end_ns = max(int(frame["end_ns"].max()) for frame in parts if len(frame))
+    marks = parts[1]
     row = {"pass": name, "start_ns": start_ns, "end_ns": end_ns, "domain": DOMAIN, "name": f"{PASS} {name}"}
     thread = int(marks["thread"].iloc[0]) if len(marks) else 0
     return pd.DataFrame([{**row, "category": PASS, "thread": thread, "depth": 0}]).reindex(

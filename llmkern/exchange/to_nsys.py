@@ -21,7 +21,7 @@ import pandas as pd
 
 from llmkern import __version__
 from llmkern.errors import RecordingError
-from llmkern.exchange.from_nsys import CATEGORY, COPIES, DOMAIN_NAME, MEMORIES, RANGES
+from llmkern.exchange.from_nsys import CATEGORY, COPIES, DOMAIN_NAME, MEMORIES, RANGES, UNIFIED
 from llmkern.exchange.overlay import Overlay
 from llmkern.runfolder.vocabulary import DOMAIN
 from llmkern.text import short_name
@@ -32,7 +32,7 @@ GAP_THREAD = 0xFFFFFF
 _PUSH_POP, _START_END = RANGES[:2]
 _DOMAIN_ID = 1
 _VM = 1 << 48
-_COPY = re.compile(r"^memcpy (\w+) \((\w+)\)$")
+_COPY = re.compile(r"^memcpy ((?:UVM )?\w+)(?: \((\w+)\))?$")
 
 _COMMON = (
     "start INTEGER NOT NULL, end INTEGER NOT NULL, deviceId INTEGER NOT NULL, contextId INTEGER NOT NULL, "
@@ -102,9 +102,10 @@ _ENUMS: dict[str, dict[int, tuple[str, str]]] = {
         1: ("TRACE_PROCESS_EVENT_CUDA_DRIVER", "CUDA driver"),
     },
     "ENUM_CUDA_MEMCPY_OPER": {0: ("CUDA_MEMCPY_KIND_UNKNOWN", "Unknown")}
+    | {n: (f"CUDA_MEMCPY_KIND_{w.upper()}", f"{_WAYS[w[0]]}-to-{_WAYS[w[-1]]}") for n, w in COPIES.items()}
     | {
-        number: (f"CUDA_MEMCPY_KIND_{way.upper()}", f"{_WAYS[way[0]]}-to-{_WAYS[way[-1]]}")
-        for number, way in COPIES.items()
+        n: (f"CUDA_MEMCPY_KIND_UVM_{w[4:].upper()}", f"Unified {_WAYS[w[4]]}-to-{_WAYS[w[7]]}")
+        for n, w in UNIFIED.items()
     },
     "ENUM_CUDA_MEM_KIND": {
         number: (f"CUDA_MEMOPR_MEMORY_KIND_{name.upper()}", name.capitalize()) for number, name in MEMORIES.items()
@@ -243,7 +244,7 @@ class _Export:
             }
             if kind == "memcpy":
                 named = own["name"].astype(object).map({n: _COPY.match(str(n)) for n in own["name"].unique()})
-                ways, kinds = {v: k for k, v in COPIES.items()}, {v: k for k, v in MEMORIES.items()}
+                ways, kinds = {v: k for k, v in (COPIES | UNIFIED).items()}, {v: k for k, v in MEMORIES.items()}
                 way = [m[1] if m else "" for m in named]
                 host = [kinds.get(m[2], 7) if m else 7 for m in named]
                 self._put(
