@@ -117,8 +117,8 @@ def _disjoint(ranges: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         told.append(f"Of ranges of one phase inside each other the outermost counts: {nested:,} inner ones do not.")
     if moved:
         told.append(
-            f"Phases overlap {len(moved):,} times: kernels in such a time count to the phase that began first, and "
-            "what each phase took by itself cannot be told."
+            f"Phases overlap ({len(moved):,} of {len(rows):,}): kernels in such a time count to the phase that began "
+            "first, and what each phase took by itself cannot be told."
         )
     ranges = ranges.assign(start_ns=ranges["start_ns"].astype(np.int64))
     for index, start_ns in moved.items():
