@@ -181,6 +181,9 @@ def traced_phases(timeline: Timeline) -> dict[str, PhaseWeight]:
     for phase, spans in timeline.phases.groupby("phase", sort=False, observed=True):
         latency_s = ((spans["busy_ns"] + spans["gap_ns"]) / 1e9 / spans["tokens"]).to_list()
         latency = from_samples(latency_s)
+        if latency.value <= 0:
+            # Records of no length: no share of it is anything.
+            continue
         unknown = [float("nan")] * len(latency_s)
         unit = units.get(str(phase), "range" if phase in ("prefill", "decode") else str(phase))
         found[str(phase)] = PhaseWeight(str(phase), unit, latency, latency_s, None, unknown, latency, None)
