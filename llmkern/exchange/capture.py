@@ -96,8 +96,6 @@ def _disjoint(ranges: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     phases overlap otherwise (two requests in flight) the later begins when the earlier ends.
     """
     rows = ranges[ranges["category"] == "phase"].sort_values(["start_ns", "end_ns"], ascending=[True, False])
-    if "pass" in ranges:
-        rows = rows.sort_values(["pass", "start_ns", "end_ns"], ascending=[True, True, False], kind="stable")
     inner: list[Any] = []
     moved: dict[Any, int | None] = {}
     until, phase = -1, None

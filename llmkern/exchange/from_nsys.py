@@ -90,9 +90,14 @@ class _Export:
         launches = self._launches(strings, owner)
         ranges = self._ranges(strings, owner, int(max(kernels["end_ns"].max(), launches["end_ns"].max(), 0)))
         overheads = self._overheads(strings, owner)
+        unfinished = (kernels["end_ns"] == 0).to_numpy()
+        untimed = unfinished & (kernels["start_ns"] == 0).to_numpy()
         for frame in (kernels, launches, overheads, ranges):
             frame["start_ns"] = frame["start_ns"].astype(np.int64) + begin_ns
             frame["end_ns"] = frame["end_ns"].astype(np.int64) + begin_ns
+        # What has no time has none since 1970 either.
+        kernels.loc[unfinished, "end_ns"] = 0
+        kernels.loc[untimed, "start_ns"] = 0
         source = ImportedFacts(
             file=self._path.name, format="an Nsight Systems export", schema=about.get("EXPORT_SCHEMA_VERSION")
         )

@@ -145,7 +145,7 @@ def test_a_range_without_an_end_goes_on_to_the_end(tmp_path: Path) -> None:
 
 def test_a_kernel_that_ends_before_it_begins_is_left_out(tmp_path: Path) -> None:
     attribution = found(tmp_path, "19*/cap.sqlite")
-    assert "ended before they began" in told(attribution)
+    assert "Left out: 1 GPU record without an end" in told(attribution)
     assert (attribution.timeline.kernels["end_ns"] >= attribution.timeline.kernels["start_ns"]).all()
 
 
@@ -303,6 +303,17 @@ def test_names_with_markup_and_a_megabyte_are_bounded(tmp_path: Path) -> None:
     assert "<script>alert(1)" not in page.read_text()
     # A spreadsheet takes a cell that begins so for a formula.
     assert ",=HYPERLINK" not in (csv / "kernels.csv").read_text()
+
+
+def test_kernels_of_nsys_without_times_are_left_out(tmp_path: Path) -> None:
+    path = _attacked(
+        tmp_path,
+        "UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET start = 0, end = 0 WHERE rowid IN "
+        "(SELECT rowid FROM CUPTI_ACTIVITY_KIND_KERNEL ORDER BY rowid LIMIT 2);",
+    )
+    run = import_capture(path, tmp_path / "run")
+    assert len(run.table("kernels")) == 99
+    assert "Left out: 2 GPU records without times" in told(attribute(run))
 
 
 def test_a_name_that_is_there_twice_is_read_once(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ RULES = (
     Rule("quantize", name=r"(?i)quantize_with|(^|::|_)((dynamic|static|per_token|per_channel|scaled|nvfp4)_)+\w*quant"),
     Rule("attention", name=r"(?i)flash_?(fwd|bwd|att|dec)|fmha|attention|sdpa|flash::|(prefill|decode)with\w*kv"),
     Rule("attention", name=r"(?i)mla_\w*kernel"),
+    Rule("copy", name=r"(?i)(re|pre)pack"),
     Rule("gemm", name=r"(?i)marlin|machete|gptq|awq_gemm|exl2|mul_mat_[qv]|gemm_(half|forward)_q"),
     Rule("dequantize", name=r"(?i)dequant"),
     Rule("gemv", name=r"(?i)gemv|dot_kernel"),
