@@ -24,6 +24,11 @@ html = click.option(
 )
 
 
+gpu = click.option(
+    "--gpu", type=click.IntRange(0), metavar="N", help="Of a capture of several devices: the account of this one."
+)
+
+
 def out(what: str) -> Any:
     """Return the option for where *what* is written."""
     return click.option("--out", "-o", type=click.Path(path_type=Path), help=what)
@@ -31,12 +36,13 @@ def out(what: str) -> Any:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a report is wanted: *top* rows or JSON, tables in *csv_folder*, a *page* against a *baseline*."""
+    """What of a report is wanted: *top* rows or JSON, tables in *csv_folder*, a *page* against a *baseline*; of *gpu*."""
 
     top: int = 8
     as_json: bool = False
     csv_folder: Path | None = None
     page: Path | None = None
+    gpu: int | None = None
     baseline: Path | None = None
 
 
@@ -88,6 +94,8 @@ def show_report(folder: Path, wanted: Wanted) -> None:
         from llmkern.runfolder import RunFolder
 
     run = RunFolder(folder)
+    if wanted.gpu is not None:
+        run = run.of_device(wanted.gpu)
     check_wanted(run.path, wanted)
     explanation = Explanation(attribute(run))
     statement = state(explanation, wanted.top)

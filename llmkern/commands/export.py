@@ -29,6 +29,7 @@ from llmkern.runfolder.vocabulary import TRACED
     type=click.Path(path_type=Path),
     help="nsys: a native report with this capture in it; so is one whose --out ends in .nsys-rep.",
 )
+@common.gpu
 @common.debug
 def command(
     run_folder: Path,
@@ -39,13 +40,14 @@ def command(
     phase: str | None,
     tokens: str | None,
     merge: Path | None,
+    gpu: int | None,
     debug: bool,
 ) -> None:
     """Write RUN for another tool: kernels and gaps with their joules, host calls, ranges, power."""
     from llmkern.exchange.exporting import Request, export_run, parse_tokens
 
     request = Request(
-        TRACED if pass_name is None else (pass_name,), phase, None if tokens is None else parse_tokens(tokens)
+        TRACED if pass_name is None else (pass_name,), phase, None if tokens is None else parse_tokens(tokens), gpu
     )
     written = export_run(run_folder, to, out, request, merge=merge, force=force)
     size = sum(f.stat().st_size for f in ([written] if written.is_file() else written.iterdir()))

@@ -11,7 +11,7 @@ from llmkern.commands.common import Wanted, show_report
 
 
 @click.command("import", context_settings=CONTEXT)
-@click.argument("capture", metavar="CAPTURE", type=click.Path(path_type=Path))
+@click.argument("captures", metavar="CAPTURE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @common.out("Run folder to write.  [default: runs/CAPTURE]")
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists.")
 @click.option(
@@ -28,7 +28,7 @@ from llmkern.commands.common import Wanted, show_report
 @common.as_json
 @common.debug
 def command(
-    capture: Path,
+    captures: tuple[Path, ...],
     out: Path | None,
     force: bool,
     energy: Path | None,
@@ -37,8 +37,12 @@ def command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Make a run folder of CAPTURE, an SQLite export of Nsight Systems or a trace of torch.profiler, and report it."""
+    """Make a run folder of CAPTURE, an SQLite export of Nsight Systems or a trace of torch.profiler, and report it.
+
+    Several are the files of one job, one for each rank: they become the devices of one run.
+    """
     from llmkern.exchange.importing import default_folder, import_capture
 
-    folder = out if out is not None else default_folder(capture, energy)
-    show_report(import_capture(capture, folder, energy=energy, phases=phases, force=force).path, Wanted(top, as_json))
+    folder = out if out is not None else default_folder(captures[0], energy)
+    run = import_capture(captures, folder, energy=energy, phases=phases, force=force)
+    show_report(run.path, Wanted(top, as_json))

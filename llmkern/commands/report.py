@@ -20,6 +20,7 @@ from llmkern.commands.common import Wanted, show_report
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="With --html: say why RUN costs more or less than this run."
 )
+@common.gpu
 @common.debug
 def command(run_folder: Path, page: Path | None, baseline: Path | None, debug: bool, **how: Any) -> None:
     """Print the report of run folder RUN again, or write it as JSON, CSV or an HTML page."""

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.errors import UsageError
-from llmkern.runfolder.facts import DeviceFacts, ImportedFacts
+from llmkern.runfolder.facts import CapturedDevice, DeviceFacts, ImportedFacts
 from llmkern.runfolder.schema import TABLES
 from llmkern.runfolder.vocabulary import DOMAIN, PASS, PHASES
 
@@ -24,8 +24,9 @@ _TOKEN = re.compile(r"^token (\d+)$")
 class Capture:
     """Tables of a run folder, in CLOCK_REALTIME ns, all columns present.
 
-    *imported* says which file they come from; *missing* says in words what it did not hold, *told* in sentences what
-    was done to what it holds.
+    *imported* says which file they come from, *devices* every device with work, the one with most first, and which
+    processes drive it where there are several; *missing* says in words what it did not hold, *told* in sentences what
+    was done to what it holds. *rank* is the file's in a job of several.
     """
 
     kernels: pd.DataFrame
@@ -33,11 +34,17 @@ class Capture:
     overheads: pd.DataFrame
     ranges: pd.DataFrame
     imported: ImportedFacts
-    device: DeviceFacts
+    devices: tuple[CapturedDevice, ...]
     started: str
     versions: Mapping[str, str | None]
     missing: list[str] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    rank: int | None = None
+
+    @property
+    def device(self) -> DeviceFacts:
+        """Return the device that the run is shown for."""
+        return self.devices[0].facts
 
 
 def rows_of(table: str, columns: Mapping[str, Any] | pd.DataFrame) -> pd.DataFrame:
@@ -60,6 +67,32 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
         if not (ranges["name"] == name).any():
             known = ", ".join(str(n) for n in ranges["name"].value_counts().index[:5]) or "none at all"
             raise UsageError(f"the capture has no range {name!r} (it has {known}): name one of them with --phase.")
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for one in capture.devices:
+        groups.setdefault(one.processes, []).append(one.facts.index)
+    if len(groups) == 1:
+        return _placed(capture, names)
+    parts = [_placed(_of_group(capture, *group), names) for group in groups.items()]
+    tables: dict[str, Any] = {
+        name: pd.concat([getattr(part, name) for part in parts], ignore_index=True) for name in _TABLES
+    }
+    return replace(capture, **tables, told=list(dict.fromkeys(text for part in parts for text in part.told)))
+
+
+_TABLES = ("kernels", "launches", "overheads", "ranges")
+
+
+def _of_group(capture: Capture, processes: tuple[int, ...], devices: list[int]) -> Capture:
+    """Return what of *capture* is of *devices* and of the *processes* that drive them."""
+    host = {name: getattr(capture, name) for name in _TABLES[1:]}
+    tables: dict[str, Any] = {name: frame[frame["process"].isin(processes)] for name, frame in host.items()}
+    tables["kernels"] = capture.kernels[capture.kernels["device"].isin(devices)]
+    return replace(capture, **tables, devices=tuple(d for d in capture.devices if d.facts.index in devices))
+
+
+def _placed(capture: Capture, names: Mapping[str, str]) -> Capture:
+    """Return *capture*, of devices that the same processes drive, with its phases."""
+    ranges = capture.ranges
     own = ranges["domain"] == DOMAIN
     if not names and not (own & (ranges["category"] == "phase")).any():
         names = {name: name for name in PHASES}
@@ -74,7 +107,10 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
     token[steps] = pd.to_numeric(ranges["name"][steps].astype(str).str.extract(_TOKEN)[0])
     ranges = ranges.assign(category=category, phase=phase, token=token)
     if not (ranges["category"] == "phase").any():
-        ranges = pd.concat([ranges, _whole(capture.kernels, capture.launches)], ignore_index=True)
+        whole = _whole(capture.kernels, capture.launches)
+        if capture.devices[0].processes:
+            whole = whole.assign(process=capture.devices[0].processes[0])
+        ranges = pd.concat([ranges, whole], ignore_index=True)
     ranges, told = _disjoint(_counted(ranges))
     passes = ranges[ranges["category"] == PASS].sort_values("start_ns")
     tables: dict[str, Any] = {

@@ -31,11 +31,12 @@ class Sink:
 
 @dataclass(frozen=True)
 class Request:
-    """What of a run is wanted: *passes*, and of them a *phase* and token steps (first, last)."""
+    """What of a run is wanted: *passes*, of them a *phase* and token steps (first, last), of device *gpu*."""
 
     passes: tuple[str, ...] = PASSES
     phase: str | None = None
     tokens: tuple[int, int] | None = None
+    gpu: int | None = None
 
 
 SINKS = {
@@ -67,6 +68,8 @@ def export_run(
     if to == "nsys" and (merge is not None or (out is not None and out.suffix == SUFFIX)):
         sink = Sink(lambda found, target: write_report(found, target, merge), SUFFIX, is_report)
     run = RunFolder(path)
+    if request.gpu is not None:
+        run = run.of_device(request.gpu)
     target = out if out is not None else path.with_name(f"{path.name}-{to}{sink.suffix}")
     check_output(target, [path, run.path, merge])
     if sink.suffix:

@@ -17,7 +17,8 @@ import pandas as pd
 
 from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, rows_of
-from llmkern.runfolder.facts import DeviceFacts, ImportedFacts, device_facts
+from llmkern.exchange.identity import distinct
+from llmkern.runfolder.facts import CapturedDevice, DeviceFacts, ImportedFacts, device_facts
 
 MAGIC = b"SQLite format 3\0"
 SCHEMA_MAJOR = 3
@@ -34,7 +35,7 @@ _NOT_ONE = "export a capture with 'nsys export --type sqlite' and import that"
 
 
 def read_nsys(path: Path) -> Capture:
-    """Return what the export *path* holds of the process with the most kernels.
+    """Return what the export *path* holds of the process with most kernels on each device.
 
     Raises UsageError for a file that is torn, foreign, of another schema or without GPU activity.
     """
@@ -79,17 +80,19 @@ class _Export:
                 f"{self._path} holds no kernel, copy or graph launch of a GPU: capture with 'nsys profile --trace "
                 "cuda,nvtx' and export again."
             )
-        owners = kernels["globalPid"].fillna(0).astype(np.int64)
-        owner = int(owners.value_counts().index[0])
-        others = int(owners.nunique()) - 1
+        drivers = self._drivers(kernels)
+        process = _process(kernels["globalPid"])
+        kernels = kernels[process == kernels["device"].map(drivers)].sort_values("start_ns", kind="stable")
+        others = set(process.tolist()) - set(drivers.values())
         if others:
-            self.missing.append(f"the GPU work of {others} other processes, which was left out")
-        kernels = kernels[owners == owner].sort_values("start_ns", kind="stable")
-        device = int(kernels["device"].value_counts().index[0])
+            self.missing.append(f"the GPU work of {len(others)} other processes, which was left out")
         begin_ns = self._begin_ns()
-        launches = self._launches(strings, owner)
-        ranges = self._ranges(strings, owner, int(max(kernels["end_ns"].max(), launches["end_ns"].max(), 0)))
-        overheads = self._overheads(strings, owner)
+        processes = tuple(dict.fromkeys(drivers.values()))
+        launches = self._launches(strings, processes)
+        ranges = self._ranges(strings, processes, int(max(kernels["end_ns"].max(), launches["end_ns"].max(), 0)))
+        overheads = self._overheads(strings, processes)
+        if len(processes) > 1:
+            kernels, launches = distinct(kernels, launches, _process(kernels["globalPid"]).to_numpy())
         unfinished = (kernels["end_ns"] == 0).to_numpy()
         untimed = unfinished & (kernels["start_ns"] == 0).to_numpy()
         for frame in (kernels, launches, overheads, ranges):
@@ -102,16 +105,28 @@ class _Export:
             file=self._path.name, format="an Nsight Systems export", schema=about.get("EXPORT_SCHEMA_VERSION")
         )
         tables = {"kernels": kernels, "launches": launches, "overheads": overheads, "ranges": ranges}
-        found = {name: rows_of(name, rows) for name, rows in tables.items()}
+        found: dict[str, Any] = {name: rows_of(name, rows) for name, rows in tables.items()}
         return Capture(
             **found,
             imported=source,
-            device=self._device(device),
+            devices=tuple(
+                CapturedDevice(self._device(index), self._path.name, (driver,) if len(processes) > 1 else ())
+                for index, driver in drivers.items()
+            ),
             started=pd.Timestamp(begin_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
             versions={"nsys": about.get("EXPORT_PRODUCT_VERSION")},
             missing=self.missing,
             told=self.told,
         )
+
+    @staticmethod
+    def _drivers(kernels: pd.DataFrame) -> dict[int, int]:
+        """Return by device, the one with most *kernels* first, the process that has most of them on it."""
+        counts = pd.DataFrame({"device": kernels["device"], "process": _process(kernels["globalPid"])}).value_counts()
+        found: dict[int, int] = {}
+        for device, process in counts.index.tolist():
+            found.setdefault(int(device), int(process))
+        return found
 
     def _meta(self) -> dict[str, str]:
         rows = self._read("META_DATA_EXPORT", ["name", "value"])
@@ -221,11 +236,11 @@ class _Export:
         numbers = [c for c in found.columns if c not in ("name", "kind", "globalPid")]
         return found.assign(**{c: pd.to_numeric(found[c]).fillna(0).astype(np.int64) for c in numbers})
 
-    def _launches(self, strings: pd.Series, owner: int) -> pd.DataFrame:
+    def _launches(self, strings: pd.Series, processes: tuple[int, ...]) -> pd.DataFrame:
         rows = self._read("CUPTI_ACTIVITY_KIND_RUNTIME", ["start", "end", "globalTid", "correlationId", "nameId"])
         if rows.empty:
             self.missing.append("host calls: without them gaps have no cause")
-        rows = _of_process(rows, owner)
+        rows = _of_processes(rows, processes)
         thread = rows["globalTid"].to_numpy(np.int64)
         api = rows["nameId"].map(strings).fillna("unknown call").astype(str)
         return pd.DataFrame(
@@ -239,19 +254,20 @@ class _Export:
             }
         )
 
-    def _overheads(self, strings: pd.Series, owner: int) -> pd.DataFrame:
+    def _overheads(self, strings: pd.Series, processes: tuple[int, ...]) -> pd.DataFrame:
         rows = self._read("CUPTI_ACTIVITY_KIND_OVERHEAD", ["start", "end", "globalTid", "nameId"])
-        rows = _of_process(rows, owner)
+        rows = _of_processes(rows, processes)
         return pd.DataFrame(
             {
                 "start_ns": rows["start"],
                 "end_ns": rows["end"],
                 "thread": rows["globalTid"].to_numpy(np.int64) & 0xFFFFFF,
                 "kind": rows["nameId"].map(strings).fillna("overhead").astype(str),
+                "process": _process(rows["globalTid"]),
             }
         )
 
-    def _ranges(self, strings: pd.Series, owner: int, last_ns: int) -> pd.DataFrame:
+    def _ranges(self, strings: pd.Series, processes: tuple[int, ...], last_ns: int) -> pd.DataFrame:
         columns = ["start", "end", "eventType", "category", "text", "textId", "globalTid", "domainId", "jsonText"]
         rows = self._read("NVTX_EVENTS", columns)
         if rows.empty:
@@ -272,13 +288,14 @@ class _Export:
             )
             rows = rows.assign(end=rows["end"].where(~open_, last_ns))
         keep = rows["eventType"].isin(RANGES) & rows["end"].notna() & text.notna()
-        rows, text = _of_process(rows[keep], owner), text[keep]
+        rows, text = _of_processes(rows[keep], processes), text[keep]
         rows = rows[rows["end"] >= rows["start"]]
         text = text[rows.index].astype(str)
         found = pd.DataFrame(
             {
                 "start_ns": rows["start"],
                 "end_ns": rows["end"],
+                "process": _process(rows["globalTid"]),
                 "thread": rows["globalTid"].to_numpy(np.int64) & 0xFFFFFF,
                 "domain": rows["domainId"].map(domain_names).fillna("").astype(str),
                 "name": text,
@@ -296,11 +313,20 @@ class _Export:
         return found.assign(depth=_depth(found)).reset_index(drop=True)
 
 
-def _of_process(rows: pd.DataFrame, owner: int) -> pd.DataFrame:
-    """Return the *rows* (with globalTid) of the process *owner*; those that name no thread belong to any."""
+def _process(global_id: pd.Series) -> pd.Series:
+    """Return the process in a globalPid or globalTid, 0 for none: between 24 bits of virtual machine and of thread."""
+    number = pd.to_numeric(global_id).fillna(0).to_numpy(np.int64)
+    return pd.Series((number >> 24) & 0xFFFFFF, index=global_id.index)
+
+
+def _of_processes(rows: pd.DataFrame, processes: tuple[int, ...]) -> pd.DataFrame:
+    """Return the *rows* (with globalTid) of *processes*, all where one is not known.
+
+    Those that name none belong to the first.
+    """
     thread = pd.to_numeric(rows["globalTid"])
-    number = thread.fillna(owner).to_numpy(np.int64)
-    same = thread.isna().to_numpy() | (number >> 24 == owner >> 24) | (owner == 0)
+    number = thread.fillna(processes[0] << 24).astype(np.int64)
+    same = thread.isna() | _process(number).isin(processes) | (0 in processes)
     return rows.assign(globalTid=number)[same]
 
 

@@ -11,11 +11,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, rows_of
-from llmkern.runfolder.facts import DeviceFacts, ImportedFacts, device_facts
+from llmkern.exchange.identity import distinct, owners
+from llmkern.runfolder.facts import CapturedDevice, DeviceFacts, ImportedFacts, device_facts
 
 GZIP = b"\x1f\x8b"
 # Kineto wrote "Kernel", "Memcpy", "Memset" and "Runtime" before PyTorch 1.13.
@@ -135,6 +137,7 @@ def _capture(trace: Any, path: Path) -> Capture:
         [
             {
                 **_times(e, base_ns),
+                "process": _number(e.get("pid")),
                 "thread": _number(e.get("tid")),
                 "domain": "",
                 "name": str(e.get("name")),
@@ -143,20 +146,43 @@ def _capture(trace: Any, path: Path) -> Capture:
             for e in notes
         ]
     )
+    launches, ranges = rows_of("launches", launches), rows_of("ranges", ranges)
+    kernels = rows_of("kernels", kernels)
+    driven = owners(kernels, launches)
+    kernels, launches = distinct(kernels, launches, kernels["device"].map(driven).fillna(-1).to_numpy(np.int64))
     first_ns = int(kernels["start_ns"].iloc[0])
     schema = about.get("schemaVersion")
     return Capture(
-        rows_of("kernels", kernels),
-        rows_of("launches", launches),
+        kernels,
+        launches,
         rows_of("overheads", {}),
-        rows_of("ranges", ranges),
+        ranges,
         imported=ImportedFacts(
             file=path.name, format="a trace of torch.profiler", schema=None if schema is None else str(schema)
         ),
-        device=_device(about.get("deviceProperties") or [], int(kernels["device"].value_counts().index[0])),
+        devices=_devices(about.get("deviceProperties") or [], kernels, driven, path.name),
         started=pd.Timestamp(first_ns, unit="ns", tz="UTC").isoformat(timespec="seconds"),
         versions={"trace_schema": str(schema or "")},
         missing=missing,
+        rank=_rank(about.get("distributedInfo")),
+    )
+
+
+def _rank(distributed: Any) -> int | None:
+    """Return the rank that the job gave the process of this trace, None where it was alone or does not say."""
+    rank = distributed.get("rank") if isinstance(distributed, dict) else None
+    return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 else None
+
+
+def _devices(
+    properties: list[dict[str, Any]], kernels: pd.DataFrame, driven: dict[int, int], file: str
+) -> tuple[CapturedDevice, ...]:
+    """Return the devices of *kernels*, the one with most of them first; *driven* has the process of each."""
+    several = len(set(driven.values())) > 1
+    counts = kernels["device"].value_counts(sort=False).sort_index().sort_values(ascending=False, kind="stable")
+    return tuple(
+        CapturedDevice(_device(properties, int(index)), file, (driven[index],) if several and index in driven else ())
+        for index in counts.index.tolist()
     )
 
 

@@ -15,6 +15,7 @@ from llmkern.errors import UsageError
 from llmkern.exchange.capture import Capture, with_phases
 from llmkern.exchange.from_nsys import MAGIC, read_nsys
 from llmkern.exchange.from_torch import GZIP, read_torch
+from llmkern.exchange.identity import merged
 from llmkern.exchange.sound import sound
 from llmkern.runfolder import RunFolder, RunWriter
 from llmkern.runfolder import vocabulary as word
@@ -36,29 +37,42 @@ def default_folder(path: Path, energy: Path | None = None) -> Path:
 
 
 def import_capture(
-    path: Path, out: Path, *, energy: Path | None = None, phases: Sequence[str] = (), force: bool = False
+    path: Path | Sequence[Path],
+    out: Path,
+    *,
+    energy: Path | None = None,
+    phases: Sequence[str] = (),
+    force: bool = False,
 ) -> RunFolder:
-    """Write the capture *path* as run folder *out* and return it.
+    """Write the capture *path*, or those of one job as several devices, as run folder *out* and return it.
 
     *energy* is a weighed run of the same workload whose joules the captured kernels get; *phases* names the ranges that
     are phases (NAME or NAME=PHASE). Raises UsageError for a file that is none of the known formats or torn, and where
     *out* is or lies inside one of the inputs.
     """
+    paths = [path] if isinstance(path, Path) else list(path)
+    if energy is not None and len(paths) > 1:
+        raise UsageError(
+            f"--energy has the joules of one board, and these are {len(paths)} files of several: import the one that "
+            "was weighed by itself."
+        )
     weighed = RunFolder(energy) if energy is not None else None
-    check_output(out, [path, energy, weighed.path if weighed is not None else None])
+    check_output(out, [*paths, energy, weighed.path if weighed is not None else None])
     check_run_target(out, force)
+    resolved = [file.resolve() for file in paths]
+    twice = next((file for file in resolved if resolved.count(file) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice.name} is named twice: give every file of the job once.")
     try:
-        capture = _read(path)
-        kernels, launches, told = sound(capture.kernels, capture.launches)
-        if kernels.empty:
-            raise UsageError(f"{path} holds no GPU record with times ({' '.join(told)}): capture again.")
-        capture = replace(capture, kernels=kernels, launches=launches, told=[*capture.told, *told])
+        captures = [_sound(_read(file), file) for file in paths]
+        capture = captures[0] if len(captures) == 1 else merged(captures)
         capture = with_phases(capture, _named(phases, capture))
         facts = _facts(capture, weighed)
         tables = [(name, _table(name, getattr(capture, name))) for name in _CAPTURED if len(getattr(capture, name))]
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
         raise UsageError(
-            f"{path} holds values that no capture has ({str(error).splitlines()[0]}): export the capture again."
+            f"{', '.join(map(str, paths))} holds values that no capture has ({str(error).splitlines()[0]}): export the "
+            "capture again."
         ) from error
     writer = RunWriter(out, facts, force=force)
     try:
@@ -67,7 +81,9 @@ def import_capture(
         if weighed is not None:
             _add_energy(writer, weighed)
         writer.merge()
-        frame = attribute(RunFolder(writer.path)).table()
+        run = RunFolder(writer.path)
+        frames = [attribute(run.of_device(one.facts.index)).table() for one in capture.devices]
+        frame = pd.concat([one for one in frames if len(one)] or frames[:1], ignore_index=True)
         if len(frame):
             writer.put("attribution", {column: frame[column] for column in frame.columns})
         writer.publish()
@@ -76,6 +92,16 @@ def import_capture(
         writer.discard()
         raise
     return RunFolder(out)
+
+
+def _sound(capture: Capture, path: Path) -> Capture:
+    """Return *capture* without what cannot have happened; raises UsageError where nothing is left."""
+    kernels, launches, told = sound(capture.kernels, capture.launches)
+    if kernels.empty:
+        raise UsageError(f"{path} holds no GPU record with times ({' '.join(told)}): capture again.")
+    there = set(kernels["device"])
+    devices = tuple(device for device in capture.devices if device.facts.index in there)
+    return replace(capture, kernels=kernels, launches=launches, devices=devices, told=[*capture.told, *told])
 
 
 def _named(phases: Sequence[str], capture: Capture) -> dict[str, str]:
@@ -123,7 +149,8 @@ def _read(path: Path) -> Capture:
 
 def _facts(capture: Capture, weighed: RunFolder | None) -> RunFacts:
     tokens = pd.to_numeric(capture.ranges["new_tokens"]).max()
-    source = replace(capture.imported, missing=tuple(capture.missing), told=tuple(capture.told))
+    devices = capture.devices if len(capture.devices) > 1 else ()
+    source = replace(capture.imported, missing=tuple(capture.missing), told=tuple(capture.told), devices=devices)
     facts = RunFacts(
         started=capture.started,
         device=capture.device,

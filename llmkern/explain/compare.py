@@ -14,6 +14,8 @@ from llmkern.estimate import DRAWS, Estimate
 from llmkern.explain.whatif import Prediction, predict
 
 NOT_DISTINGUISHABLE = "not distinguishable"
+# Kernels that overlap for less than this share of the busy time change no figure that is shown.
+OVERLAP_LIMIT = 0.01
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Difference:
 
     Where one of the runs does not say how many tokens a unit has, everything is per unit.
 
-    ``bars`` has part (kernels, gaps or residual), name (kind or cause), before_j, after_j, change_j with low_j and
-    high_j, before_s, after_s, change_s, launches_before, launches_after and verdict (more, less, not distinguishable,
-    or unknown where there is no interval); its changes add up to those of the whole.
+    ``bars`` has part (kernels, gaps, overlap or residual), name (kind or cause), before_j, after_j, change_j with low_j
+    and high_j, before_s, after_s, change_s, launches_before, launches_after and verdict (more, less, not
+    distinguishable, or unknown where there is no interval); its changes add up to those of the whole.
     ``work`` has gaps by the kind of kernel that ended them instead of by cause, ``modules`` kinds and causes by module:
     it is empty where a run lacks operators, and *missing* says so. Energies are NaN where a run has none.
     """
@@ -156,7 +158,7 @@ class _Row:
 def _parts(
     attribution: Attribution, phase: str, by: tuple[list[str], list[str]], caused: bool, scale: float
 ) -> dict[tuple[str, ...], _Row]:
-    """Return kernels and gaps (by cause if *caused*) *by* their keys and the residual, of a unit times *scale*."""
+    """Return kernels and gaps (by cause if *caused*) *by* their keys, overlap and residual, of a unit times *scale*."""
     account = attribution.accounts[phase]
     kernel_keys, gap_keys = by
     kernels = attribution.drawn(phase, kernel_keys)
@@ -167,9 +169,14 @@ def _parts(
         # Without host calls all that is known of the gaps is their sum.
         key = ("gaps", "unknown", *([""] if "module" in gap_keys else []))
         found[key] = _Row(_known(account.gap_j).scaled(scale), account.gap_s.value * scale, np.nan)
-    # Kernels that overlap are longer together than the device was busy.
     rest_s = account.weight.latency_s.value - account.gap_s.value - float(kernels[0]["duration_ns"].sum()) / 1e9
-    key = ("residual", "residual", *([""] if "module" in kernel_keys else []))
+    nowhere = [""] if "module" in kernel_keys else []
+    if rest_s < -OVERLAP_LIMIT * account.busy_s:
+        # Kernels that overlap are longer together than the device was busy; what they draw is theirs all the same.
+        nothing = Estimate(0.0, 0.0, 0.0, draws=np.zeros(DRAWS))
+        found[("overlap", "overlap of kernels", *nowhere)] = _Row(nothing, rest_s * scale, np.nan)
+        rest_s = 0.0
+    key = ("residual", "residual", *nowhere)
     found[key] = _Row(_known(account.residual).scaled(scale), rest_s * scale, np.nan)
     return found
 

@@ -7,6 +7,7 @@ import numpy as np
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.time.operators import Identified
 from llmkern.estimate import LEAST_FOR_INTERVAL
+from llmkern.explain.compare import OVERLAP_LIMIT
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import RunFacts
@@ -20,8 +21,6 @@ AGREEMENT_LIMIT = 0.02
 SENSOR_LIMIT = 0.03
 # Kernels and gaps have to add up to what the counter moved, to within this share.
 CLOSURE_LIMIT = 0.05
-# Kernels that overlap for less than this share of the busy time change no figure that is shown.
-OVERLAP_LIMIT = 0.01
 # A capture whose phase is shorter than the weighed one by more than this is of other work.
 WORKLOAD_LIMIT = 0.3
 # A difference of less than this share of its parts says little.
@@ -158,7 +157,7 @@ def _overlap(attribution: Attribution) -> list[str]:
         if together_s > OVERLAP_LIMIT * account.busy_s and streams.nunique() > 1:
             found.append(
                 f"Kernels of {streams.nunique()} streams overlap for {quantity(together_s, 's')} of {phase}: their "
-                "times, and their shares of it, add up to more than the device was busy; a diff has that as residual."
+                "times, and their shares of it, add up to more than the device was busy; a diff has that as overlap."
             )
     return found
 
@@ -279,7 +278,12 @@ def _recorder(run: RunFolder, attribution: Attribution) -> list[str]:
     if attribution.weighed is not None:
         found += attribution.weighed.unknown.values()
     if attribution.devices > 1:
-        found.append(f"Kernels ran on {attribution.devices} devices; the accounts are those of one.")
+        facts = attribution.run.facts
+        others = facts.imported is not None and len(facts.imported.devices) > 1
+        found.append(
+            f"Kernels ran on {attribution.devices} devices; the accounts are those of GPU {facts.device.index}"
+            f"{': with --gpu N, report and export are of another' if others else ''}."
+        )
     return found
 
 

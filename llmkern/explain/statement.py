@@ -13,6 +13,7 @@ from llmkern.estimate import Estimate
 from llmkern.explain import Explanation
 from llmkern.explain.books import Book, books
 from llmkern.explain.compare import tokens
+from llmkern.explain.devices import devices_table
 from llmkern.explain.doubts import doubts
 from llmkern.explain.finding import Finding, share_of
 from llmkern.explain.tables import shown_tables
@@ -75,7 +76,10 @@ class Told:
 
 @dataclass(frozen=True)
 class Statement:
-    """What a report says; ``shown`` are the rows that it shows (see shown_tables), ``note`` why there is no split."""
+    """What a report says; ``shown`` are the rows that it shows (see shown_tables).
+
+    ``note`` says why there is no split; ``devices`` are all of several (see devices_table).
+    """
 
     facts: RunFacts
     folder: str
@@ -85,6 +89,7 @@ class Statement:
     phases: tuple[PhaseStatement, ...]
     only_weighed: tuple[PhaseWeight, ...]
     note: str
+    devices: pd.DataFrame
     findings: tuple[Told, ...]
     predictions: tuple[Prediction, ...]
     shown: dict[str, pd.DataFrame]
@@ -110,6 +115,7 @@ def state(explanation: Explanation, top: int = 8) -> Statement:
         tuple(_phase(attribution, account) for account in accounts.values()),
         tuple(attribution.only_weighed),
         _note(attribution),
+        devices_table(attribution),
         tuple(Told(f, share_of(accounts[f.phase], f.energy_j, f.time_s)) for f in explanation.findings),
         tuple(explanation.predictions),
         shown_tables(attribution, top),

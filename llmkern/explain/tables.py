@@ -13,6 +13,7 @@ import pandas as pd
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.split.account import PhaseAccount
 from llmkern.explain import Explanation
+from llmkern.explain.devices import devices_table
 
 _NUMBERS = ["launches", "each_s", "time_s", "energy_j", "low_j", "high_j", "share"]
 
@@ -38,6 +39,7 @@ def run_tables(explanation: Explanation) -> dict[str, pd.DataFrame]:
             .sum()
             .reset_index()
         )
+    found["devices"] = devices_table(attribution)
     found["roofline"] = _per_phase(attribution, lambda phase: explanation.roofs[phase])
     return found
 

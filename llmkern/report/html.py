@@ -92,6 +92,7 @@ _TITLES = {
     "gaps": "Gaps: what the host was at",
     "roofline": "Operators against their roof",
     "host_calls": "Host calls",
+    "devices": "Devices",
 }
 
 

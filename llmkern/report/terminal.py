@@ -35,6 +35,9 @@ def print_report(statement: Statement, console: Console) -> None:
         console.print(" ".join(statement.answer), style="bold")
         console.print()
         console.print(_phase_table(statement))
+    if len(statement.devices):
+        console.print()
+        console.print(_device_table(statement))
     if statement.note:
         if statement.phases:
             console.print()
@@ -97,6 +100,20 @@ def _phase_table(statement: Statement) -> Table:
         # What no sensor on this machine could tell is said once, below, and not in a row of dashes.
         if any(value != "–" for value in values):
             table.add_row(name, *values)
+    return table
+
+
+def _device_table(statement: Statement) -> Table:
+    """Return the devices of a capture of several, every phase in a row; the one that this report is of is marked."""
+    table = Table(title="Devices, per unit", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for title in ("phase", "GPU", "time", "busy", "collectives", "gaps", "kernels", "file"):
+        fixed = title in ("phase", "file")
+        table.add_column(title, justify="left" if fixed else "right", no_wrap=True, overflow="ellipsis")
+    own = statement.facts.device.index
+    for row in statement.devices.to_dict("records"):
+        times = [quantity(row[name], "s") for name in ("latency_s", "busy_s", "communication_s", "gap_s")]
+        name = f"{row['gpu']}{'*' if row['gpu'] == own else ''}"
+        table.add_row(str(row["phase"]), name, *times, count(row["launches"]), str(row["file"]))
     return table
 
 

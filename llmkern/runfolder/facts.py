@@ -204,11 +204,21 @@ class MeterFacts:
     period_s: Amount | None = None
 
 
+@dataclass(frozen=True)
+class CapturedDevice:
+    """A device of a capture: what it is, the file that tells of it, and the processes that drive it (none: any)."""
+
+    facts: DeviceFacts
+    file: str
+    processes: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImportedFacts:
     """The file of another tool that a run was made of.
 
-    *missing* says in words what it did not hold, *told* in sentences what was done to what it holds.
+    *missing* says in words what it did not hold, *told* in sentences what was done to what it holds. Of several
+    *devices* each has an account of its own; the run's device is the first that is shown.
     """
 
     file: str
@@ -216,6 +226,7 @@ class ImportedFacts:
     schema: str | int | None = None
     missing: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
+    devices: tuple[CapturedDevice, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

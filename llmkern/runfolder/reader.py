@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import threading
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmkern.errors import RunFolderError
+from llmkern.errors import RunFolderError, UsageError
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import MOST_BYTES, RunFacts, decode
 from llmkern.runfolder.place import FACTS, PARTIAL, SEGMENTS
@@ -68,6 +70,32 @@ class RunFolder:
         self._segments = self._find_segments()
         self.problems += self._missing()
 
+    def of_device(self, index: int) -> RunFolder:
+        """Return this run as the account of its device number *index*; raises UsageError where it has no such device.
+
+        Of a capture of several processes it then has the host's side of those that drive this device.
+        """
+        imported = self.facts.imported
+        devices = imported.devices if imported is not None else ()
+        found = next((one for one in devices if one.facts.index == index), None)
+        if found is None and index == self.facts.device.index:
+            return self
+        if found is None:
+            numbers = sorted({one.facts.index for one in devices} | {self.facts.device.index})
+            raise UsageError(f"{self.path} has no GPU {index}: it has {', '.join(map(str, numbers))}.")
+        view = copy.copy(self)
+        # Joules belong to the board that was weighed.
+        view.facts = replace(self.facts, device=self.facts.device if index == self.facts.device.index else found.facts)
+        return view
+
+    @property
+    def _processes(self) -> tuple[int, ...]:
+        """Return the processes whose host calls and ranges belong to this run's device; none: all."""
+        if self.facts.imported is None:
+            return ()
+        index = self.facts.device.index
+        return next((one.processes for one in self.facts.imported.devices if one.facts.index == index), ())
+
     @property
     def complete(self) -> bool:
         return self.facts.status == word.COMPLETE
@@ -92,13 +120,16 @@ class RunFolder:
         for a file that is damaged, lacks columns or holds values that no run has.
         """
         every = TABLES[name].names
-        needed = _NEEDED.get(name, every)
+        processes = self._processes if "process" in every else ()
+        needed = every if processes else _NEEDED.get(name, every)
         read = needed if {*(columns or every), *(where or ())} <= set(needed) else every
         key = (name, len(read))
         with self._reading[name]:
             if key not in self._kept:
                 self._kept[key] = self._table(name, read)
         frame = self._kept[key]
+        if processes:
+            frame = frame[frame["process"].isin(processes) | frame["process"].isna()]
         if columns is not None:
             # What nobody asks for is not picked out of millions of rows.
             frame = frame[list(dict.fromkeys([*columns, *(where or ())]))]

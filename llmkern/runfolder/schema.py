@@ -55,6 +55,8 @@ TABLES: dict[str, pa.Schema] = {
             ("end_ns", pa.int64()),
             ("thread", pa.int64()),
             ("kind", _LABEL),
+            # Of a capture of several processes.
+            ("process", pa.int32()),
         ]
     ),
     "ranges": pa.schema(
@@ -72,6 +74,7 @@ TABLES: dict[str, pa.Schema] = {
             ("round", pa.int32()),
             ("repeat", pa.int32()),
             ("new_tokens", pa.int32()),
+            ("process", pa.int32()),
         ]
     ),
     "ops": pa.schema(
@@ -245,19 +248,20 @@ RULES: dict[str, Rules] = {
 
 
 # Columns that older runs of this schema version lack: there they are empty.
-ADDED = {"replays": ("kernel", "clock_mhz")}
+ADDED = {"replays": ("kernel", "clock_mhz"), "ranges": ("process",), "overheads": ("process",)}
 
 
 def to_table(name: str, columns: Mapping[str, Any]) -> pa.Table:
     """Return *columns* (arrays, lists or scalars to repeat) as a table of the schema of *name*.
 
-    Raises KeyError when a column of the schema is missing.
+    Raises KeyError when a column of the schema is missing, but for those that older runs lack: they are empty.
     """
     schema = TABLES[name]
     rows = max((len(v) for v in columns.values() if hasattr(v, "__len__") and not isinstance(v, str)), default=0)
     arrays = []
     for column in schema:
-        value = columns[column.name]
+        lacking = column.name in ADDED.get(name, ()) and column.name not in columns
+        value = None if lacking else columns[column.name]
         if isinstance(value, str) or not hasattr(value, "__len__"):
             value = pa.repeat(pa.scalar(value, plain_type(column.type)), rows)
         elif not isinstance(value, pa.Array | pa.ChunkedArray):

@@ -24,6 +24,8 @@ CAPTURES = [
 ]
 SOUND = [p for p in CAPTURES if not p.parent.name.startswith(_OTHERWISE)]
 _IDS = [f"{p.parent.name[:2]}-{p.name}" for p in SOUND]
+# These hold no kernel to begin with: another tool's JSON, and a name that is no JSON.
+_WITH_KERNELS = [p for p in CAPTURES if p.name not in ("cap.json", "backslash.json")]
 
 
 def _by_json(path: Path) -> list[tuple[int, int]]:
@@ -72,7 +74,7 @@ def test_counts_and_busy_time_are_those_of_an_independent_reading(path: Path, tm
     assert _union_ns(_spans(run)) == _union_ns(known)
 
 
-@pytest.mark.parametrize("path", SOUND, ids=_IDS)
+@pytest.mark.parametrize("path", _WITH_KERNELS, ids=lambda p: f"{p.parent.name[:2]}-{p.name}")
 def test_what_goes_out_comes_in_again(path: Path, tmp_path: Path) -> None:
     first = import_capture(path, tmp_path / "first")
     again = import_capture(export_run(first.path, "nsys", tmp_path / "out.sqlite"), tmp_path / "again")
