@@ -129,8 +129,10 @@ def judge(folder: Path, seed: int, number: int) -> Judged:
     with tempfile.TemporaryDirectory(dir=folder) as own:
         path, run = Path(own) / f"changed{source.suffix}", Path(own) / "run"
         what = changed(chance, source, path)
+        # Now and then it is one file of several of a job.
+        beside = [str(chance.choice(sources()))] if chance.random() < 0.1 else []
         lines = [
-            ("import", str(path), "-o", str(run), "--json"),
+            ("import", str(path), *beside, "-o", str(run), "--json"),
             ("report", str(run)),
             ("diff", str(run), str(run), "--json"),
             ("export", str(run), "--to", chance.choice(("perfetto", "nsys")), "-o", str(Path(own) / "out.x")),

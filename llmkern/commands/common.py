@@ -36,7 +36,10 @@ def out(what: str) -> Any:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What of a report is wanted: *top* rows or JSON, tables in *csv_folder*, a *page* against a *baseline*; of *gpu*."""
+    """What of a report is wanted: *top* rows or JSON, tables in *csv_folder*, a *page* against a *baseline*.
+
+    *gpu* is the device of several that it is of.
+    """
 
     top: int = 8
     as_json: bool = False

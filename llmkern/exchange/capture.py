@@ -17,6 +17,8 @@ from llmkern.runfolder.vocabulary import DOMAIN, PASS, PHASES
 
 # What a capture without any phase is taken for: one phase from its first kernel to its last.
 WHOLE = "capture"
+# What vLLM's workers call a step: requests in prefill and in decode, each with its tokens in brackets.
+_VLLM = re.compile(r"^execute_context_(\d+)\(\d+\)_generation_(\d+)\(\d+\)$")
 _TOKEN = re.compile(r"^token (\d+)$")
 
 
@@ -59,8 +61,9 @@ def with_phases(capture: Capture, names: Mapping[str, str]) -> Capture:
     """Return *capture* with pass, phase, token and new_tokens filled in, ready to be attributed.
 
     Ranges of llmkern's own domain say what they are. Of others those called as in *names* (name → phase) are phases, by
-    default those called ``prefill`` or ``decode``; each is one unit of its phase. Where there is none, the time from
-    the first kernel to the last is one phase. Raises UsageError when *names* names a range that is not there.
+    default those called ``prefill`` or ``decode`` and the steps of a vLLM engine; each is one unit of its phase. Where
+    there is none, the time from the first kernel to the last is one phase. Raises UsageError when *names* names a range
+    that is not there.
     """
     ranges = capture.ranges
     for name in names:
@@ -95,7 +98,7 @@ def _placed(capture: Capture, names: Mapping[str, str]) -> Capture:
     ranges = capture.ranges
     own = ranges["domain"] == DOMAIN
     if not names and not (own & (ranges["category"] == "phase")).any():
-        names = {name: name for name in PHASES}
+        names = {name: name for name in PHASES} | _steps_of_vllm(ranges["name"])
     category, phase = ranges["category"].astype(object), ranges["phase"].astype(object)
     foreign = ranges["name"].isin(list(names)) & ~own
     category[foreign] = "phase"
@@ -123,6 +126,17 @@ def _placed(capture: Capture, names: Mapping[str, str]) -> Capture:
         )
     }
     return replace(capture, **tables, told=[*capture.told, *told])
+
+
+def _steps_of_vllm(names: pd.Series) -> dict[str, str]:
+    """Return the phase of each range in *names* that is a step of vLLM: prefill, decode, or mixed of both."""
+    found = {}
+    for name in names.astype(str).unique():
+        step = _VLLM.match(name)
+        if step:
+            context, generation = int(step[1]), int(step[2])
+            found[name] = "mixed" if context and generation else "prefill" if context else "decode"
+    return found
 
 
 def _disjoint(ranges: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -30,6 +30,7 @@ COPIES = {1: "HtoD", 2: "DtoH", 3: "HtoA", 4: "AtoH", 5: "AtoA", 6: "AtoD", 7: "
 UNIFIED = {11: "UVM HtoD", 12: "UVM DtoH", 13: "UVM DtoD"}
 MEMORIES = {0: "pageable", 1: "pinned", 2: "device", 3: "array", 4: "managed"}
 _VERSION_SUFFIX = re.compile(r"_v\d+$|_ptsz$|_ptds$")
+_VERSION = re.compile(r"_V(\d+)$")
 LONGEST_BYTES = 16 * 2**20
 _NOT_ONE = "export a capture with 'nsys export --type sqlite' and import that"
 
@@ -66,7 +67,9 @@ class _Export:
         self._path = path
         # An export holds tables. A view may compute what it likes, for as long as it likes.
         names = [row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-        self._tables = {re.sub(r"_V\d+$", "", str(name)): str(name) for name in sorted(map(str, names))}
+        # Of several versions of a table the plain one is meant, else the latest: V10 is later than V3.
+        by_version = sorted(map(str, names), key=lambda name: (_version(name) is None, _version(name) or 0))
+        self._tables = {_VERSION.sub("", name): name for name in by_version}
         self.missing: list[str] = []
         self.told: list[str] = []
 
@@ -311,6 +314,12 @@ class _Export:
             found[name] = pd.Series([one.get(name) for one in told], index=rows.index, dtype=object)
         found = found.sort_values(["start_ns", "end_ns"], ascending=[True, False], kind="stable")
         return found.assign(depth=_depth(found)).reset_index(drop=True)
+
+
+def _version(table: str) -> int | None:
+    """Return the version in the name of *table*, None for one without."""
+    found = _VERSION.search(table)
+    return int(found[1]) if found else None
 
 
 def _process(global_id: pd.Series) -> pd.Series:

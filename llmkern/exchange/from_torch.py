@@ -22,7 +22,13 @@ from llmkern.runfolder.facts import CapturedDevice, DeviceFacts, ImportedFacts, 
 GZIP = b"\x1f\x8b"
 # Kineto wrote "Kernel", "Memcpy", "Memset" and "Runtime" before PyTorch 1.13.
 _GPU = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset", "memcpy": "memcpy", "memset": "memset"}
-_CALLS = ("cuda_runtime", "cuda_driver", "runtime")
+# cuda_runtime, cuda_driver; xpu_, mtia_ and privateuse1_ for other devices.
+_CALLS = re.compile(r"(^|_)(runtime|driver)$")
+# ROCm before 7.2 calls copies and fills kernels; roctracer names copies by their ends.
+_ROCM_WORK = re.compile(r"^__amd_rocclr_(copy|fill)Buffer")
+_ROCM_COPY = re.compile(r"^Copy(Host|Device)To(Host|Device)$")
+# Bandwidths of copies of no length, as some versions of Kineto write them.
+_NO_NUMBER = re.compile(r'("(?:[^"\\]|\\.)*")|[-+]?\b(?:inf|nan)\b', re.IGNORECASE)
 # Traces become about 20 times as long.
 _MOST_RATIO, _ALWAYS_BYTES = 100, 2**26
 # Where no start of the trace is given, so many microseconds are a date after 2001.
@@ -36,6 +42,8 @@ _VERSION_SUFFIX = re.compile(r"_v\d+$")
 _NSYS_JSON = re.compile(
     r'"(CudaEvent|TraceProcessEvent|NvtxEvent|GlobalId|globalTid|eventClass|StringId|TargetInfo\w*)"'
 )
+# How XLA calls the devices of a trace.
+_XLA = "/device:GPU:"
 _NSYS_SENTENCE = (
     "is JSON of Nsight Systems, which has no documented form: run 'nsys export --type sqlite' on its report and import "
     "the result."
@@ -81,8 +89,7 @@ def _parsed(data: bytes, path: Path) -> Any:
     """Return the JSON of *data*: in any Unicode, with control characters in names; raises UsageError for nsys' own."""
     text = data.decode(json.detect_encoding(data), "surrogatepass").removeprefix("\ufeff")
     try:
-        # Microseconds since 1970 have more digits than a float.
-        return json.loads(text, strict=False, parse_float=Decimal)
+        return _loaded(text)
     except json.JSONDecodeError as error:
         # What is wrong is often one name; which event has it shows in what stands around it.
         if _NSYS_JSON.search(text[:65536]):
@@ -92,6 +99,19 @@ def _parsed(data: bytes, path: Path) -> Any:
             f"{path} cannot be read as a trace of torch.profiler: no JSON at character {error.pos:,} ({error.msg}), "
             f"behind {around!r}: mend the file there, or capture again (some versions write backslashes in names so)."
         ) from error
+
+
+def _loaded(text: str) -> Any:
+    """Return the JSON *text*, with null for numbers that are none; raises JSONDecodeError."""
+    try:
+        # Microseconds since 1970 have more digits than a float.
+        return json.loads(text, strict=False, parse_float=Decimal)
+    except json.JSONDecodeError as error:
+        if not re.match(r"[-+]?(inf|nan)\b", text[error.pos : error.pos + 8], re.IGNORECASE):
+            raise
+        # Names in quotes may hold these words; they stay.
+        mended = _NO_NUMBER.sub(lambda found: found[1] or "null", text)
+        return json.loads(mended, strict=False, parse_float=Decimal)
 
 
 def _category(event: dict[str, Any]) -> str:
@@ -104,6 +124,12 @@ def _capture(trace: Any, path: Path) -> Capture:
     base_ns = int(about.get("baseTimeNanoseconds") or 0)
     whole = [e for e in events if isinstance(e, dict) and e.get("ph") == "X"]
     gpu = [e for e in whole if _category(e) in _GPU]
+    named = (e for e in events if isinstance(e, dict) and e.get("ph") == "M")
+    if not gpu and any(_XLA in str(e.get("args")) for e in named):
+        raise UsageError(
+            f"{path} is a trace of JAX's profiler, which says of no event whether it is a kernel: run the program "
+            "under 'nsys profile --trace cuda,nvtx' and import the SQLite export."
+        )
     if not gpu and isinstance(trace, list) and _NSYS_JSON.search(str(events[:20]).replace("'", '"')):
         raise UsageError(f"{path} {_NSYS_SENTENCE}")
     if not gpu:
@@ -112,7 +138,7 @@ def _capture(trace: Any, path: Path) -> Capture:
             "activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]."
         )
     kernels = pd.DataFrame([_kernel(e, base_ns) for e in gpu]).sort_values("start_ns", kind="stable")
-    calls = [e for e in whole if _category(e) in _CALLS]
+    calls = [e for e in whole if _CALLS.search(_category(e))]
     notes = [e for e in whole if _category(e) in _NOTES]
     missing = []
     if not calls:
@@ -146,6 +172,18 @@ def _capture(trace: Any, path: Path) -> Capture:
             for e in notes
         ]
     )
+    overheads = pd.DataFrame(
+        [
+            {
+                **_times(e, base_ns),
+                "process": _number(e.get("pid")),
+                "thread": _number(e.get("tid")),
+                "kind": str(e.get("name")),
+            }
+            for e in whole
+            if _category(e) == "overhead"
+        ]
+    )
     launches, ranges = rows_of("launches", launches), rows_of("ranges", ranges)
     kernels = rows_of("kernels", kernels)
     driven = owners(kernels, launches)
@@ -155,7 +193,7 @@ def _capture(trace: Any, path: Path) -> Capture:
     return Capture(
         kernels,
         launches,
-        rows_of("overheads", {}),
+        rows_of("overheads", overheads),
         ranges,
         imported=ImportedFacts(
             file=path.name, format="a trace of torch.profiler", schema=None if schema is None else str(schema)
@@ -202,11 +240,17 @@ def _decimal(value: Any) -> Decimal:
 def _kernel(event: dict[str, Any], base_ns: int) -> dict[str, Any]:
     told = event.get("args", {})
     name = str(event.get("name"))
+    kind = _GPU[_category(event)]
     copy = _COPY.match(name)
-    if copy:
+    rocm, ends = _ROCM_WORK.match(name), _ROCM_COPY.match(name)
+    if rocm:
+        kind = "memcpy" if rocm[1] == "copy" else "memset"
+        name = f"memcpy ({name.removeprefix('__amd_rocclr_')})"
+    elif ends:
+        name = f"memcpy {ends[1][0]}to{ends[2][0]} (unknown)"
+    elif copy:
         host = copy[3] if copy[1] == "DtoH" else copy[2]
         name = f"memcpy {copy[1]} ({'device' if copy[1] == 'PtoP' else host.lower()})"
-    kind = _GPU[_category(event)]
     found = {
         **_times(event, base_ns),
         "device": _whole(told.get("device")),

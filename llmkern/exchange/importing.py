@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +22,12 @@ from llmkern.exchange.identity import merged
 from llmkern.exchange.sound import sound
 from llmkern.runfolder import RunFolder, RunWriter
 from llmkern.runfolder import vocabulary as word
-from llmkern.runfolder.facts import OptionFacts, RecorderFacts, RunFacts, without_home
+from llmkern.runfolder.facts import CapturedDevice, OptionFacts, RecorderFacts, RunFacts, without_home
 from llmkern.runfolder.place import check_output, check_run_target
 from llmkern.runfolder.schema import to_table
 
+# A report of an hour takes minutes.
+_EXPORT_S = 1800
 _CAPTURED = ("kernels", "launches", "overheads", "ranges")
 # Passes that tell what kernels and gaps cost, as opposed to when they ran.
 _ENERGY_PASSES = (word.SELFTEST, word.WEIGH, word.REPLAY, word.INSPECT)
@@ -137,14 +142,38 @@ def _read(path: Path) -> Capture:
     if head.startswith(GZIP) or text.lstrip()[:1] in (b"{", b"["):
         return read_torch(path)
     if path.suffix == ".nsys-rep":
-        raise UsageError(
-            f"{path} is an Nsight Systems report, which only nsys can read: run 'nsys export --type sqlite "
-            f"{path.name}' and import its result."
-        )
+        return _of_report(path)
     raise UsageError(
         f"{path} is neither an SQLite export of Nsight Systems nor a trace of torch.profiler (.json, .json.gz): export "
         "the capture as one of them."
     )
+
+
+def _of_report(path: Path) -> Capture:
+    """Return the capture in the native report *path*, by nsys itself; UsageError where it is not there or fails."""
+    command = ["nsys", "export", "--type", "sqlite", "--force-overwrite", "true", "--output"]
+    if shutil.which(command[0]) is None:
+        raise UsageError(
+            f"{path} is an Nsight Systems report, which only nsys can read, and it is not installed here: run 'nsys "
+            f"export --type sqlite {path.name}' where it is and import its result."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        export = Path(folder) / "export.sqlite"
+        try:
+            done = subprocess.run([*command, str(export), str(path)], capture_output=True, text=True, timeout=_EXPORT_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise UsageError(f"nsys export of {path} did not end ({error}): run it yourself.") from error
+        if done.returncode or not export.exists():
+            said = next(iter((done.stderr or done.stdout).strip().splitlines()[-1:]), "without a word")
+            raise UsageError(
+                f"nsys export of {path} failed ({said[:200]}): a report needs an nsys as new as the one that wrote it."
+            )
+        capture = read_nsys(export)
+    return replace(capture, imported=replace(capture.imported, file=path.name), devices=_called(capture, path.name))
+
+
+def _called(capture: Capture, file: str) -> tuple[CapturedDevice, ...]:
+    return tuple(replace(device, file=file) for device in capture.devices)
 
 
 def _facts(capture: Capture, weighed: RunFolder | None) -> RunFacts:

@@ -90,7 +90,9 @@ def _clock(run: RunFolder) -> list[str]:
 def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
     weighed = attribution.weighed
     if weighed is None and run.facts.imported is not None:
+        nothing = "No phase has a GPU record of any length: there is nothing to take shares of."
         return [
+            *([] if attribution.accounts else [nothing]),
             "The capture holds no energy, only time: import it again with --energy RUN, a run of the same workload "
             "that llmkern weighed, for joules.",
             *(f"The capture lacks {what}." for what in run.facts.imported.missing),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmkern.attribute.attribution import attribute
 from llmkern.exchange.exporting import export_run
 from llmkern.exchange.importing import import_capture
 from llmkern.runfolder import RunFolder
@@ -72,6 +73,12 @@ def test_counts_and_busy_time_are_those_of_an_independent_reading(path: Path, tm
     known = _by_json(path) if path.suffix == ".json" else _by_sql(path)
     assert sorted(_spans(run)) == sorted(known)
     assert _union_ns(_spans(run)) == _union_ns(known)
+    timeline = attribute(run).timeline
+    if timeline.phases["phase"].tolist() == ["capture"]:
+        idle_ns = max(end for _, end in known) - min(start for start, _ in known) - _union_ns(known)
+        assert timeline.phases[["kernels", "busy_ns", "gap_ns"]].to_numpy().tolist() == [
+            [len(known), _union_ns(known), idle_ns]
+        ]
 
 
 @pytest.mark.parametrize("path", _WITH_KERNELS, ids=lambda p: f"{p.parent.name[:2]}-{p.name}")

@@ -20,9 +20,13 @@ from llmkern.errors import UsageError
 from llmkern.exchange.exporting import Request, export_run
 from llmkern.exchange.importing import import_capture
 from llmkern.exchange.sound import sound
+from llmkern.explain import Explanation
 from llmkern.explain.doubts import doubts
+from llmkern.explain.statement import state
+from llmkern.runfolder import RunFolder
 from tests.recorded import DATA
 from tests.test_cli import llmkern
+from tests.traces import event, kernel, work, written
 
 CAPTURES = DATA / "captures"
 NSYS = DATA / "nsys-export-2025.3.sqlite"
@@ -268,6 +272,55 @@ def test_hostile_files_end_in_a_sentence(tmp_path: Path) -> None:
         import_capture(large, tmp_path / "run", force=True)
 
 
+def test_triggers_of_a_file_never_fire(tmp_path: Path) -> None:
+    """A file is read as evidence: what it would do when somebody writes to it is never done."""
+    fires = "BEGIN DELETE FROM CUPTI_ACTIVITY_KIND_KERNEL; INSERT INTO fired VALUES (1); END;"
+    path = _attacked(
+        tmp_path,
+        "CREATE TABLE fired (i INTEGER);"
+        + "".join(
+            f"CREATE TRIGGER t{number} {when} ON {table} {fires}"
+            for number, (when, table) in enumerate(
+                [("AFTER INSERT", "StringIds"), ("BEFORE UPDATE", "NVTX_EVENTS"), ("AFTER DELETE", "StringIds")]
+            )
+        ),
+    )
+    before = path.read_bytes()
+    assert len(import_capture(path, tmp_path / "run").table("kernels")) == 101
+    assert path.read_bytes() == before
+    assert not list(tmp_path.glob("attack.sqlite-*"))
+
+
+def test_ranges_of_one_phase_inside_each_other_lose_no_kernel(tmp_path: Path) -> None:
+    """A wrapper that annotates what it wraps: 20 kernels, of which 4 were counted."""
+    inner = [event("user_annotation", "decode", 500 * n + 90, 300) for n in range(3)]
+    outer = [event("user_annotation", "decode", 0, 2_200)]
+    nested, flat = (
+        attribute(import_capture(written(tmp_path / f"{name}.json", [*ranges, *work(20)]), tmp_path / name))
+        for name, ranges in (("nested", [*outer, *inner]), ("flat", outer))
+    )
+    assert figures(nested, "decode") == figures(flat, "decode") == (20, 800 * US, 19 * 60 * US)
+
+
+def test_records_of_no_length_are_told(tmp_path: Path) -> None:
+    attribution = attribute(import_capture(written(tmp_path / "zero.json", [kernel("k", 5, 0, 1)]), tmp_path / "run"))
+    assert not attribution.accounts
+    assert "No phase has a GPU record of any length" in told(attribution)
+
+
+def test_a_latency_below_zero_is_never_printed() -> None:
+    """A valid short run whose decode, by difference, came out at -18.5 ms: "a decoded token takes -18.5 ms"."""
+    attribution = attribute(RunFolder(DATA / "negative-latency-noise"))
+    assert "decode" not in attribution.accounts
+    assert "The latency of decode is not known: by difference it is -18.5 ms per token" in told(attribution)
+
+
+def test_a_capture_without_phases_cannot_be_given_joules(tmp_path: Path) -> None:
+    """TraceLens h100/Qwen1.5-0.5B with --energy: 1,707 kernels, "the timeline pass recorded no kernels"."""
+    attribution = found(tmp_path, "26*/trace.json", energy=DATA / "h100-qwen-7b-int8")
+    assert "no prefill or decode to give the joules to" in state(Explanation(attribution)).note
+
+
 def test_what_unpacks_to_a_thousand_times_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bomb.json.gz"
     path.write_bytes(gzip.compress(b'{"traceEvents": [' + b" " * 2**27 + b"]}", 9))
@@ -288,8 +341,8 @@ def test_names_with_markup_and_a_megabyte_are_bounded(tmp_path: Path) -> None:
     trace = json.loads(source.read_text())
     names = ["<script>alert(1)</script>", "=HYPERLINK(1)", "a\x1b[31m\x00b", "x" * 2**20]
     kernels = [event for event in trace["traceEvents"] if event["cat"] == "kernel"]
-    for event, name in zip(kernels, names, strict=False):
-        event["name"] = name
+    for one, name in zip(kernels, names, strict=False):
+        one["name"] = name
     path = tmp_path / "trace.json"
     path.write_text(json.dumps(trace))
     run = import_capture(path, tmp_path / "run")

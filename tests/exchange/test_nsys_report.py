@@ -12,10 +12,12 @@ import nvtx.writer
 import pytest
 
 from llmkern.errors import RecordingError, UsageError
+from llmkern.exchange import importing
 from llmkern.exchange.exporting import export_run
+from llmkern.exchange.importing import import_capture
 from llmkern.exchange.overlay import Overlay, cut, overlay
 from llmkern.exchange.to_nsys_report import write_report
-from tests.recorded import recorded, recorded_run
+from tests.recorded import DATA, recorded, recorded_run
 from tests.test_cli import assert_sentence, llmkern
 
 
@@ -176,3 +178,34 @@ def test_without_nsight_systems_it_says_what_to_do(tmp_path: Path) -> None:
 def test_only_nsys_merges(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="use it with --to nsys, not perfetto"):
         export_run(recorded_run("int4").path, "perfetto", tmp_path / "x", merge=tmp_path / "capture.nsys-rep")
+
+
+@pytest.mark.parametrize("ends", [0, 3], ids=["exported", "fails"])
+def test_nsys_itself_exports_a_native_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int) -> None:
+    tool = tmp_path / "bin" / "nsys"
+    tool.parent.mkdir()
+    # Like the real one it writes where --output says, the report being its last word.
+    tool.write_text(
+        "#!/bin/sh\n"
+        f'if [ {ends} -ne 0 ]; then echo "version 2026.1 is too new" >&2; exit {ends}; fi\n'
+        'while [ "$1" != "--output" ]; do shift; done\n'
+        'cp "$3" "$2"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
+    report = tmp_path / "capture.nsys-rep"
+    report.write_bytes((DATA / "nsys-export-2025.3.sqlite").read_bytes())
+    if ends:
+        with pytest.raises(UsageError, match="is too new"):
+            importing._of_report(report)
+        return
+    capture = importing._of_report(report)
+    assert (capture.imported.file, len(capture.kernels)) == ("capture.nsys-rep", 101)
+
+
+def test_a_native_report_without_nsys_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    report = tmp_path / "capture.nsys-rep"
+    report.write_bytes(b"\x0a\x0bNSYS")
+    with pytest.raises(UsageError, match="only nsys can read, and it is not installed here"):
+        import_capture(report, tmp_path / "run")

@@ -16,11 +16,10 @@ from llmkern.exchange.exporting import Request, export_run
 from llmkern.exchange.importing import import_capture
 from llmkern.explain.devices import devices_table
 from llmkern.runfolder import RunFolder
+from tests import traces
 from tests.recorded import DATA
 from tests.test_cli import llmkern
-
-BASE_NS = 1_780_000_000_000_000_000
-H100 = {"id": 0, "name": "NVIDIA H100 80GB HBM3", "computeMajor": 9, "computeMinor": 0, "numSms": 132}
+from tests.traces import H100
 
 
 def events(
@@ -50,9 +49,7 @@ def events(
 
 def written(path: Path, found: list[dict[str, Any]], rank: int | None = None, **more: Any) -> Path:
     distributed = {} if rank is None else {"distributedInfo": {"backend": "nccl", "rank": rank, "world_size": 2}}
-    head = {"schemaVersion": 1, "baseTimeNanoseconds": BASE_NS, "deviceProperties": [H100], **distributed, **more}
-    path.write_text(json.dumps({**head, "traceEvents": found}))
-    return path
+    return traces.written(path, found, **distributed, **more)
 
 
 def test_files_of_ranks_are_devices_of_one_run(tmp_path: Path) -> None:
