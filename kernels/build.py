@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 FOLDER = Path(__file__).resolve().parent
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 # Weights of a row per warp and step.
-CHUNK = {"int8": 64, "nf4": 128, "int4": 128}
+CHUNK = {"int8": 64, "nf4": 128, "int4": 128, "bf16": 64}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Build:
     further rows. With *evict_first* weights leave L2 before all else; with
     *pdl* they are asked for before the preceding kernel of the stream has ended, which must therefore not have
     written them. *packed* weights are tiles (pack.py); a group has 2^*shift* weights; *tail* says that K is no
-    multiple of a chunk.
+    multiple of a chunk. With *pairs* the first eight of every 16 rows are gates of the others, and y has half as many;
+    with *residual* something of y's shape is added to it.
     """
 
     format: str
@@ -47,6 +48,8 @@ class Build:
     nested: bool = False
     tail: bool = False
     shift: int = 6
+    pairs: bool = False
+    residual: bool = False
 
     @property
     def rows(self) -> int:
@@ -88,6 +91,8 @@ class Build:
             "NESTED": int(self.nested),
             "TAIL": int(self.tail),
             "SHIFT": self.shift,
+            "PAIRS": int(self.pairs),
+            "RESIDUAL": int(self.residual),
         }
 
     def lighter(self) -> Build | None:

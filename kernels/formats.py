@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -34,7 +34,7 @@ class Weight:
 
     @property
     def format(self) -> str:
-        """The format's name: int8, nf4 or int4."""
+        """The format's name: int8, nf4, int4 or bf16 (the activations' own type)."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -59,6 +59,14 @@ class Weight:
 
     def dequantized(self) -> torch.Tensor:
         """Return the weights as fp32 [N, K]."""
+        raise NotImplementedError
+
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        """Return the stored tensors that have a row for each of W's, not packed; ValueError where scales cross rows."""
+        raise NotImplementedError
+
+    def with_rows(self, rows: dict[str, torch.Tensor]) -> Self:
+        """Return this weight with *rows*, of any number, in the place of those of in_rows()."""
         raise NotImplementedError
 
     def to_packed(self) -> Self:
@@ -91,6 +99,24 @@ class Weight:
                 f"{self.format} [{self.n}, {self.k}]{groups}{already} cannot be packed: N must divide by 16, K by "
                 f"{64 if self.format == 'int8' else 128} and by the group, which is 64 or more; use it as it is."
             )
+
+
+def stacked(weights: Sequence[Weight], order: torch.Tensor | None = None) -> Weight:
+    """Return *weights* [Nᵢ, K] of one format as one of all rows, in *order* if given; ValueError if they differ."""
+    first = weights[0]
+    if any(w.format != first.format or w.k != first.k or w.packed or w.group_size != first.group_size for w in weights):
+        raise ValueError("only unpacked weights of one format, K and group can be stacked.")
+    parts = [weight.in_rows() for weight in weights]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if order is not None:
+        rows = {name: tensor[order] for name, tensor in rows.items()}
+    return first.with_rows(rows)
+
+
+def pairs_order(n: int, device: torch.device) -> torch.Tensor:
+    """Return the order of 2 * *n* rows, gates before what they open, in which eight of each stand side by side."""
+    index = torch.arange(n, device=device).view(-1, 8)
+    return torch.cat([index, index + n], 1).view(-1)
 
 
 class _Int8(ctypes.Structure):
@@ -130,6 +156,12 @@ class Int8Weight(Weight):
 
     def dequantized(self) -> torch.Tensor:
         return unpacked(self).codes.float() * (self.scales.float() / 127)[:, None]
+
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        return {"codes": self.codes, "scales": self.scales}
+
+    def with_rows(self, rows: dict[str, torch.Tensor]) -> Int8Weight:
+        return Int8Weight.of(rows["codes"], rows["scales"])
 
     def to_packed(self) -> Int8Weight:
         self._check_pack()
@@ -180,6 +212,12 @@ class Int4Weight(Weight):
         plain = unpacked(self)
         codes = torch.stack((plain.codes & 15, plain.codes >> 4), dim=-1).view(self.n, self.k).float() - 8
         return (codes.view(self.n, -1, self.group) * plain.scales.float()[..., None]).view(self.n, self.k)
+
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        return {"codes": self.codes, "scales": self.scales}
+
+    def with_rows(self, rows: dict[str, torch.Tensor]) -> Int4Weight:
+        return Int4Weight.of(rows["codes"], rows["scales"], self.group)
 
     def to_packed(self) -> Int4Weight:
         self._check_pack()
@@ -256,6 +294,17 @@ class Nf4Weight(Weight):
         values = self.code[torch.stack((codes >> 4, codes & 15), dim=-1).view(-1).long()]
         return (values.view(-1, self.blocksize) * plain.block_scales()[:, None]).view(self.n, self.k)
 
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        if self.k % self.blocksize:
+            raise ValueError(
+                f"NF4 blocks of {self.blocksize} cross rows of {self.k} weights: rows cannot be told apart."
+            )
+        return {"codes": self.codes.view(self.n, -1), "absmax": self.block_scales().view(self.n, -1)}
+
+    def with_rows(self, rows: dict[str, torch.Tensor]) -> Nf4Weight:
+        codes, absmax = rows["codes"], rows["absmax"]
+        return Nf4Weight(len(codes), self.k, False, codes.view(-1), self.code, absmax.view(-1), self.blocksize)
+
     def to_packed(self) -> Nf4Weight:
         self._check_pack()
         codes = pack.packed_codes(self.codes.view(-1), self.n, self.k, interleave=False)
@@ -269,6 +318,40 @@ class Nf4Weight(Weight):
 
     def facts(self) -> dict[str, Any]:
         return {"packed": self.packed, "shift": int(math.log2(self.blocksize)), "nested": self.nested}
+
+
+@dataclass(frozen=True)
+class Bf16Weight(Weight):
+    """What is not quantized: rows [N, K] in the type of the activations."""
+
+    rows: torch.Tensor
+
+    @property
+    def format(self) -> str:
+        return "bf16"
+
+    @property
+    def code_bytes(self) -> int:
+        return self.n * self.k * self.rows.element_size()
+
+    @classmethod
+    def of(cls, rows: torch.Tensor) -> Bf16Weight:
+        return cls(rows.shape[0], rows.shape[1], False, rows)
+
+    def dequantized(self) -> torch.Tensor:
+        return self.rows.float()
+
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        return {"rows": self.rows}
+
+    def with_rows(self, rows: dict[str, torch.Tensor]) -> Bf16Weight:
+        return Bf16Weight.of(rows["rows"])
+
+    def can_pack(self) -> bool:
+        return False
+
+    def struct(self) -> ctypes.Structure:
+        return _Int8(_pointer(self.rows), 0)
 
 
 def unpacked(weight: Any) -> Any:

@@ -20,15 +20,11 @@
 // Macros of the build: T_BF16 (0: fp16), MT (16 rows each), NT (8 tokens each), WN, WK, DEPTH (chunks in flight per
 // warp), AHEAD (parts of x in registers, 1 or 2), SPLITS, BLOCKS (per multiprocessor, at least), EVICT_FIRST (1:
 // weights leave L2 first), PDL (1: weights are read before the preceding kernel has ended), PACKED (1: tiles of 16
-// rows, see pack.py), TAIL (1: K is no multiple of CHUNK), SHIFT (a group has 2^SHIFT weights).
+// rows, see pack.py), TAIL (1: K is no multiple of CHUNK), SHIFT (a group has 2^SHIFT weights), PAIRS (1: of every 16
+// rows the first eight are gates and the others what they open: y[M, N / 2] = silu(gate) * up), RESIDUAL (1: something
+// of y's shape is added).
 
-typedef unsigned char u8;
-typedef signed char s8;
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define INLINE __device__ __forceinline__
+#include "common.cuh"
 
 namespace {
 
@@ -68,38 +64,6 @@ INLINE Words load_x(const u16* p) {
                : "l"(p)
                : "memory");
   return w;
-}
-
-INLINE void wait_for_predecessor() {
-#if PDL && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-INLINE void let_successor_start() {
-#if PDL && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-INLINE float to_float(u16 bits) {
-#if T_BF16
-  return __uint_as_float(u32(bits) << 16);
-#else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
-#endif
-}
-
-INLINE u16 from_float(float f) {
-  u16 bits;
-#if T_BF16
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
-#endif
-  return bits;
 }
 
 // a * b + c of two pairs.
@@ -195,11 +159,43 @@ INLINE float of_block(const float* p, int rank) {
   return f;
 }
 
+// Of 16 rows so many make results of their own, the others belong to them.
+constexpr int kShare = PAIRS ? 8 : 16;
+
+INLINE int row_of(int i) {
+  return i / kShare * 16 + i % kShare;
+}
+
 INLINE void sync_cluster() {
 #if SPLITS > 1
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+
+// One result: *sum* of row n, of a pair with *other* of row n + 8.
+struct Results {
+  const Weights& weights;
+  const u16* bias;
+  const u16* residual;
+  u16* y;
+  int N;
+
+  INLINE float finished(int n, float sum) const {
+    sum *= scale_of_row(weights, n);
+    return bias ? sum + to_float(bias[n]) : sum;
+  }
+
+  INLINE void put(int token, int n, float sum, float other) const {
+    float f = finished(n, sum);
+#if PAIRS
+    f *= finished(n + 8, other) / (1.0f + __expf(-f));
+    y[u64(token) * (N / 2) + n / 16 * 8 + n % 8] = from_float(f);
+#else
+    if (RESIDUAL) f += to_float(residual[u64(token) * N + n]);
+    y[u64(token) * N + n] = from_float(f);
+#endif
+  }
+};
 
 // x that comes from L1 or L2 is asked for one part ahead where there are registers for two; where it is then is known
 // when compiling.
@@ -211,8 +207,8 @@ constexpr int kAhead = DEPTH * kParts % 2 == 0 ? AHEAD : 1;
 // to 16. Grid: (at most ceil(N / rows), SPLITS, ceil(M / tokens)); cluster (1, SPLITS, 1); shared memory:
 // Build.shared_bytes.
 extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
-    linear(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int M, int N,
-           int K) {
+    linear(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, const u16* __restrict__ residual,
+           u16* __restrict__ y, int M, int N, int K) {
   // The table of the format, the sums of the warps, those of the block.
   extern __shared__ uint4 shared[];
   u32* const table = reinterpret_cast<u32*>(shared);
@@ -220,6 +216,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   float (*const sums)[WN * 16][kPitch] = reinterpret_cast<float (*)[WN * 16][kPitch]>(behind);
   float (*const block_sums)[kTokens] = reinterpret_cast<float (*)[kTokens]>(behind + kSumBytes);
 
+  const Results results = {weights, bias, residual, y, N};
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int wn = warp % WN, wk = warp / WN;
   const int token0 = blockIdx.z * kTokens;
@@ -294,36 +291,39 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
         for (int i = 0; i < 4; ++i) sums[wk][16 * wn + g + 8 * (i / 2)][8 * n + 2 * t + i % 2] = acc[m][n][i];
       }
       __syncthreads();
-      for (int o = threadIdx.x; o < WN * 16 * kTokens; o += kThreads) {
-        const int row = o % (WN * 16), token = o / (WN * 16);
-        if (token0 + token >= M) break;
+      const auto summed = [&](int row, int token) {
         float sum = 0;
 #pragma unroll
         for (int w = 0; w < WK; ++w) sum += sums[w][row][token];
+        return sum;
+      };
+      const int count = SPLITS > 1 ? WN * 16 : WN * kShare;
+      for (int o = threadIdx.x; o < count * kTokens; o += kThreads) {
+        const int row = SPLITS > 1 ? o % count : row_of(o % count), token = o / count;
+        if (token0 + token >= M) break;
+        const float sum = summed(row, token);
         const int inner = row / 16 * kRowsOfWarp + 16 * m + row % 16;
         if (SPLITS > 1) {
           block_sums[inner][token] = sum;
         } else {
-          const int n = row0 + inner;
-          sum *= scale_of_row(weights, n);
-          if (bias) sum += to_float(bias[n]);
-          y[u64(token0 + token) * N + n] = from_float(sum);
+          results.put(token0 + token, row0 + inner, sum, PAIRS ? summed(row + 8, token) : 0);
         }
       }
     }
     if (SPLITS > 1) {
       sync_cluster();
       // Each block of the cluster finishes its share of the rows, always in the same order.
-      for (int o = threadIdx.x + int(blockIdx.y) * kThreads; o < kRows * kTokens; o += kThreads * SPLITS) {
-        const int row = o % kRows, token = o / kRows;
+      constexpr int kCount = kRows / 16 * kShare;
+      for (int o = threadIdx.x + int(blockIdx.y) * kThreads; o < kCount * kTokens; o += kThreads * SPLITS) {
+        const int row = row_of(o % kCount), token = o / kCount;
         if (token0 + token >= M) break;
-        float sum = 0;
+        float sum = 0, other = 0;
 #pragma unroll
-        for (int r = 0; r < SPLITS; ++r) sum += of_block(&block_sums[row][token], r);
-        const int n = row0 + row;
-        sum *= scale_of_row(weights, n);
-        if (bias) sum += to_float(bias[n]);
-        y[u64(token0 + token) * N + n] = from_float(sum);
+        for (int r = 0; r < SPLITS; ++r) {
+          sum += of_block(&block_sums[row][token], r);
+          if (PAIRS) other += of_block(&block_sums[row + 8][token], r);
+        }
+        results.put(token0 + token, row0 + row, sum, other);
       }
       // Nobody goes on while another still reads its sums.
       sync_cluster();
@@ -331,11 +331,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   }
 }
 
-#if !PACKED
+#if !PACKED && !PAIRS
 // Any N and K, any alignment: a warp per row, scalar loads. Grid: (ceil(N / warps), M).
 extern "C" __global__ void __launch_bounds__(kThreads)
-    linear_any(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias, u16* __restrict__ y, int M,
-               int N, int K) {
+    linear_any(Weights weights, const u16* __restrict__ x, const u16* __restrict__ bias,
+               const u16* __restrict__ residual, u16* __restrict__ y, int M, int N, int K) {
   wait_for_predecessor();
   let_successor_start();
   const int n = blockIdx.x * WN * WK + (threadIdx.x >> 5), lane = threadIdx.x & 31, token = blockIdx.y;
@@ -344,8 +344,6 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int k = lane; k < K; k += 32) sum += at(weights, n, k, K) * to_float(x[u64(token) * K + k]);
 #pragma unroll
   for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, other);
-  sum *= scale_of_row(weights, n);
-  if (bias) sum += to_float(bias[n]);
-  if (lane == 0) y[u64(token) * N + n] = from_float(sum);
+  if (lane == 0) Results{weights, bias, residual, y, N}.put(token, n, sum, 0);
 }
 #endif

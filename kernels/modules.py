@@ -8,27 +8,31 @@ import torch
 from torch import nn
 
 from llmkern.kernels import ops as _ops  # noqa: F401  registers torch.ops.llmkern
-from llmkern.kernels.formats import Int4Weight, Int8Weight, Nf4Weight, Weight
+from llmkern.kernels.formats import Bf16Weight, Int4Weight, Int8Weight, Nf4Weight, Weight
 
 
 class FusedLinear(nn.Module):
-    """y = x · Wᵀ + bias by one fused kernel; *weight* is any Weight.
+    """y = x · Wᵀ + bias (+ residual) by one fused kernel; *weight* is any Weight, *pairs* as in linear().
 
     Its weights are constant, so that the kernel may read them before its predecessor has ended (programmatic dependent
     launch); do not write into them on the device just before a call.
     """
 
-    def __init__(self, weight: Weight, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, pairs: bool = False) -> None:
         super().__init__()
+        self.pairs = pairs
         self.weight_format = weight
         self.in_features, self.out_features = weight.k, weight.n
         for name, tensor in weight.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weight: Any = self.weight_format
-        options = {"packed": weight.packed, "pdl": x.device.type == "cuda"}
+        options = {"pdl": x.device.type == "cuda", "residual": residual, "pairs": self.pairs}
+        if isinstance(weight, Bf16Weight):
+            return torch.ops.llmkern.bf16_linear(x, self.rows, self.bias, **options)
+        options["packed"] = weight.packed
         if isinstance(weight, Int8Weight):
             return torch.ops.llmkern.int8_linear(x, self.codes, self.scales, self.bias, **options)
         if isinstance(weight, Int4Weight):

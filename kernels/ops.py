@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import torch
 
-from llmkern.kernels.formats import Int4Weight, Int8Weight, Nf4Weight
+from llmkern.kernels.decode_layer import cuda, reference
+from llmkern.kernels.formats import Bf16Weight, Int4Weight, Int8Weight, Nf4Weight
 from llmkern.kernels.linear import linear
+from llmkern.kernels.registry import have_cuda_kernels
 
 _library = torch.library.Library("llmkern", "DEF")
 _library.define(
-    "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, *, bool packed=False, bool pdl=False) -> "
-    "Tensor"
+    "int8_linear(Tensor x, Tensor codes, Tensor scales, Tensor? bias=None, *, bool packed=False, bool pdl=False, "
+    "Tensor? residual=None, bool pairs=False) -> Tensor"
 )
 _library.define(
     "int4_linear(Tensor x, Tensor codes, Tensor scales, int out_features, int group, Tensor? bias=None, *, "
-    "bool packed=False, bool pdl=False) -> Tensor"
+    "bool packed=False, bool pdl=False, Tensor? residual=None, bool pairs=False) -> Tensor"
 )
 _library.define(
     "nf4_linear(Tensor x, Tensor codes, Tensor code, Tensor absmax, int out_features, int blocksize, Tensor? "
     "bias=None, *, "
     "Tensor? nested_bytes=None, Tensor? nested_table=None, Tensor? nested_offset=None, bool packed=False, "
-    "bool pdl=False) -> Tensor"
+    "bool pdl=False, Tensor? residual=None, bool pairs=False) -> Tensor"
+)
+_library.define(
+    "bf16_linear(Tensor x, Tensor rows, Tensor? bias=None, *, bool pdl=False, Tensor? residual=None, bool pairs=False) "
+    "-> Tensor"
+)
+_library.define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+_library.define(
+    "decode_attention(Tensor qkv, Tensor(a!) keys, Tensor(b!) values, Tensor position, Tensor start, Tensor turn, "
+    "float scaling) -> Tensor"
+)
+_library.define(
+    "next_token(Tensor logits, Tensor(a!) hidden, Tensor(b!) position, Tensor(c!) tokens, Tensor(d!) best, "
+    "Tensor embedding) -> ()"
 )
 
 
@@ -36,8 +51,17 @@ def _int8(
     *,
     packed: bool = False,
     pdl: bool = False,
+    residual: torch.Tensor | None = None,
+    pairs: bool = False,
 ) -> torch.Tensor:
-    return linear(Int8Weight(scales.shape[0], x.shape[-1], packed, codes, scales), x, bias, pdl=pdl)
+    return linear(
+        Int8Weight(scales.shape[0], x.shape[-1], packed, codes, scales),
+        x,
+        bias,
+        pdl=pdl,
+        residual=residual,
+        pairs=pairs,
+    )
 
 
 def _int4(
@@ -50,8 +74,17 @@ def _int4(
     *,
     packed: bool = False,
     pdl: bool = False,
+    residual: torch.Tensor | None = None,
+    pairs: bool = False,
 ) -> torch.Tensor:
-    return linear(Int4Weight(out_features, x.shape[-1], packed, codes, scales, group), x, bias, pdl=pdl)
+    return linear(
+        Int4Weight(out_features, x.shape[-1], packed, codes, scales, group),
+        x,
+        bias,
+        pdl=pdl,
+        residual=residual,
+        pairs=pairs,
+    )
 
 
 def _nf4(
@@ -68,26 +101,106 @@ def _nf4(
     nested_offset: torch.Tensor | None = None,
     packed: bool = False,
     pdl: bool = False,
+    residual: torch.Tensor | None = None,
+    pairs: bool = False,
 ) -> torch.Tensor:
     nested = (nested_bytes, nested_table, nested_offset)
     weight = Nf4Weight(out_features, x.shape[-1], packed, codes, code, absmax, blocksize, *nested)
-    return linear(weight, x, bias, pdl=pdl)
+    return linear(weight, x, bias, pdl=pdl, residual=residual, pairs=pairs)
 
 
-for _name, _function in (("int8_linear", _int8), ("int4_linear", _int4), ("nf4_linear", _nf4)):
+def _bf16(
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
+    residual: torch.Tensor | None = None,
+    pairs: bool = False,
+) -> torch.Tensor:
+    return linear(Bf16Weight.of(rows), x, bias, pdl=pdl, residual=residual, pairs=pairs)
+
+
+def _on_gpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda" and have_cuda_kernels()
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if _on_gpu(x) and x.shape[1] % 8 == 0 and x.is_contiguous():
+        return cuda.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def _decode_attention(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+    start: torch.Tensor,
+    turn: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    version = cuda if _on_gpu(qkv) else reference
+    return version.attention(qkv, keys, values, position, start, turn, scaling)
+
+
+def _next_token(
+    logits: torch.Tensor,
+    hidden: torch.Tensor,
+    position: torch.Tensor,
+    tokens: torch.Tensor,
+    best: torch.Tensor,
+    embedding: torch.Tensor,
+) -> None:
+    if _on_gpu(logits):
+        cuda.next_token(logits, hidden, position, tokens, best, embedding)
+    else:
+        reference.next_token(logits, hidden, position, tokens, embedding)
+
+
+for _name, _function in (
+    ("int8_linear", _int8),
+    ("int4_linear", _int4),
+    ("nf4_linear", _nf4),
+    ("bf16_linear", _bf16),
+    ("rms_norm", _rms_norm),
+    ("decode_attention", _decode_attention),
+    ("next_token", _next_token),
+):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("llmkern::int8_linear", lib=_library)
-def _int8_fake(x, codes, scales, bias=None, *, packed=False, pdl=False):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], scales.shape[0]))
+def _int8_fake(x, codes, scales, bias=None, *, pairs=False, **_options):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], scales.shape[0] // (1 + pairs)))
 
 
 @torch.library.register_fake("llmkern::int4_linear", lib=_library)
-def _int4_fake(x, codes, scales, out_features, group, bias=None, **_options):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
+def _int4_fake(x, codes, scales, out_features, group, bias=None, **options):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_features // (1 + options.get("pairs", False))))
 
 
 @torch.library.register_fake("llmkern::nf4_linear", lib=_library)
-def _nf4_fake(x, codes, code, absmax, out_features, blocksize, bias=None, **_options):  # type: ignore[no-untyped-def]
-    return x.new_empty((*x.shape[:-1], out_features))
+def _nf4_fake(x, codes, code, absmax, out_features, blocksize, bias=None, **options):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], out_features // (1 + options.get("pairs", False))))
+
+
+@torch.library.register_fake("llmkern::bf16_linear", lib=_library)
+def _bf16_fake(x, rows, bias=None, *, pairs=False, **_options):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], rows.shape[0] // (1 + pairs)))
+
+
+@torch.library.register_fake("llmkern::rms_norm", lib=_library)
+def _rms_norm_fake(x, weight, eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("llmkern::decode_attention", lib=_library)
+def _attention_fake(qkv, keys, values, position, start, turn, scaling):  # type: ignore[no-untyped-def]
+    heads, size = keys.shape[1], keys.shape[3]
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1] - 2 * heads * size))
+
+
+@torch.library.register_fake("llmkern::next_token", lib=_library)
+def _next_token_fake(logits, hidden, position, tokens, best, embedding):  # type: ignore[no-untyped-def]
+    return None

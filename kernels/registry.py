@@ -22,6 +22,8 @@ from llmkern.kernels.formats import Weight
 TABLES = Path(__file__).resolve().parent / "measured"
 # A build's parameters that a table holds; all else follows from weights and activations.
 TUNED = ("mt", "nt", "wn", "wk", "depth", "ahead", "splits", "blocks", "evict_first", "persistent")
+# Above so many tokens weights that need no conversion are cuBLAS'.
+MOST_TOKENS = 64
 SWITCHES = ("evict_first", "persistent")
 
 
@@ -34,10 +36,12 @@ class Choice:
     backend: str
     tuning: tuple[tuple[str, int], ...] = ()
 
-    def build(self, weight: Weight, dtype: torch.dtype, pdl: bool) -> Build:
+    def build(
+        self, weight: Weight, dtype: torch.dtype, pdl: bool, pairs: bool = False, residual: bool = False
+    ) -> Build:
         """Return the build of this choice for *weight* and activations of *dtype*."""
         layer = Layer(weight.format, weight.packed, weight.n, weight.k, 0)
-        return self.build_of(layer, weight.facts(), dtype, pdl)
+        return replace(self.build_of(layer, weight.facts(), dtype, pdl), pairs=pairs, residual=residual)
 
     def build_of(self, layer: Layer, facts: dict[str, Any], dtype: torch.dtype, pdl: bool) -> Build:
         """Return the build for *layer* whose weights say *facts* of themselves."""
@@ -129,10 +133,23 @@ def _installed(name: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def chosen(layer: Layer, device: int) -> Choice:
     """Return what the table of CUDA device number *device* chooses for *layer*, made to fit both."""
-    choice = nearest(table_of(torch.cuda.get_device_name(device)), layer) or Choice("reference")
+    if layer.format == "bf16" and layer.m > MOST_TOKENS:
+        # What cuBLAS was made for.
+        return Choice("reference")
+    choice = nearest(table_of(torch.cuda.get_device_name(device)), layer) or untuned(layer)
     if choice.backend == "cuda":
         choice = replace(choice, tuning=fitting(choice.tuning, layer.n, torch.cuda.get_device_capability(device)))
     return choice
+
+
+def untuned(layer: Layer) -> Choice:
+    """Return what is taken for *layer* where its format was not measured: bf16 as what was best for others."""
+    if layer.format != "bf16":
+        return Choice("reference")
+    nt = 1 if layer.m <= 8 else 2 if layer.m <= 16 else 4 if layer.m <= 32 else 8
+    depth, ahead = {1: (4, 2), 2: (2, 2), 4: (2, 1), 8: (1, 1)}[nt]
+    values = {"mt": 1, "nt": nt, "wn": 1, "wk": 8, "depth": depth, "ahead": ahead, "splits": 1, "blocks": 2}
+    return Choice("cuda", tuple((name, {**values, "evict_first": 1, "persistent": 0}[name]) for name in TUNED))
 
 
 def fitting(tuning: tuple[tuple[str, int], ...], n: int, capability: tuple[int, int]) -> tuple[tuple[str, int], ...]:

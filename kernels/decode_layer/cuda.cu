@@ -1,0 +1,315 @@
+// What stands between the products of a decoder layer, for one token of each of B sequences.
+//
+// Macros of the build: T_BF16 (0: fp16), PDL, HIDDEN (elements of the residual stream, a multiple of 8), HEAD (elements
+// of a head: 64 or 128), GROUP (query heads of a key head, at most 16), SPLITS (blocks of a cluster that share a
+// context: 1, 2, 4, 8).
+
+#include "common.cuh"
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+// Below every score.
+#define kNothing __uint_as_float(0xff800000u)
+
+struct Words {
+  u32 v[4];
+};
+
+// Written by kernels before: not to be read through the cache that assumes nobody writes.
+INLINE Words load(const u16* p) {
+  Words w;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+               : "l"(p)
+               : "memory");
+  return w;
+}
+
+INLINE float low(u32 pair) {
+  return to_float(u16(pair & 0xffffu));
+}
+
+INLINE float high(u32 pair) {
+  return to_float(u16(pair >> 16));
+}
+
+INLINE u32 pair_of(float first, float second) {
+  return u32(from_float(first)) | u32(from_float(second)) << 16;
+}
+
+INLINE float sum_of_warp(float f) {
+#pragma unroll
+  for (int other = 16; other; other /= 2) f += __shfl_xor_sync(0xffffffffu, f, other);
+  return f;
+}
+
+INLINE float max_of_warp(float f) {
+#pragma unroll
+  for (int other = 16; other; other /= 2) f = fmaxf(f, __shfl_xor_sync(0xffffffffu, f, other));
+  return f;
+}
+
+}  // namespace
+
+// y[b] = x[b] / sqrt(mean(x[b]²) + eps) * weight. Grid: (B).
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    rms_norm(const u16* __restrict__ x, const u16* __restrict__ weight, u16* __restrict__ y, float eps) {
+  constexpr int kChunks = HIDDEN / 8, kEach = (kChunks + kThreads - 1) / kThreads;
+  __shared__ float sums[kWarps];
+  Words w[kEach], v[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int chunk = threadIdx.x + i * kThreads;
+    if (chunk < kChunks) w[i] = load(weight + 8 * chunk);
+  }
+  wait_for_predecessor();
+  let_successor_start();
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int chunk = threadIdx.x + i * kThreads;
+    if (chunk >= kChunks) continue;
+    v[i] = load(x + u64(blockIdx.x) * HIDDEN + 8 * chunk);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float a = low(v[i].v[j]), b = high(v[i].v[j]);
+      sum += a * a + b * b;
+    }
+  }
+  sum = sum_of_warp(sum);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += sums[i];
+  const float scale = rsqrtf(sum / HIDDEN + eps);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int chunk = threadIdx.x + i * kThreads;
+    if (chunk >= kChunks) continue;
+    Words out;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      out.v[j] = pair_of(low(v[i].v[j]) * scale * low(w[i].v[j]), high(v[i].v[j]) * scale * high(w[i].v[j]));
+    *reinterpret_cast<uint4*>(y + u64(blockIdx.x) * HIDDEN + 8 * chunk) = make_uint4(out.v[0], out.v[1], out.v[2], out.v[3]);
+  }
+}
+
+namespace {
+
+constexpr int kTile = 64;               // tokens whose scores are in shared memory at a time
+constexpr int kLanes = 8;               // lanes that share a token's key
+constexpr int kDims = HEAD / kLanes;    // elements of a key for each of them
+constexpr int kPairs = HEAD / 2;        // threads that a value's elements take, two each
+constexpr int kSides = kThreads / kPairs;
+
+struct Shared {
+  float query[GROUP][HEAD];
+  float scores[GROUP][kTile];
+  float shrink[GROUP], most[GROUP], total[GROUP];
+  float sides[kSides][GROUP][HEAD];
+  float out[GROUP][HEAD];
+};
+
+INLINE float there(const float* p, int rank) {
+#if SPLITS > 1
+  u32 address;
+  float f;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(u32(__cvta_generic_to_shared(p))), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(address));
+  return f;
+#else
+  return *p;
+#endif
+}
+
+INLINE void sync_cluster() {
+#if SPLITS > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Elements i and i + HEAD / 2 of a head, turned by the angle of its place. x lies in global memory.
+INLINE void turned(const u16* x, int i, float cosine, float sine, float& first, float& second) {
+  const float a = to_float(x[i]), b = to_float(x[i + HEAD / 2]);
+  first = a * cosine - b * sine;
+  second = b * cosine + a * sine;
+}
+
+}  // namespace
+
+// Attention of one new token for each sequence b over its context in a cache of T places, the token's own key and value
+// put there first. qkv [B, (GROUP + 2) * heads, HEAD]: queries, keys, values; keys and values [B, heads, T, HEAD];
+// position[b] is the new token's place, start[b] the first one that is no padding. *turn* [HEAD / 2] are the angles of
+// one step, *scaling* what they multiply (YaRN), *scale* the scores'. y [B, GROUP * heads, HEAD].
+// Grid: (SPLITS, heads, B), cluster (SPLITS, 1, 1); shared memory: sizeof(Shared).
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    attention(const u16* __restrict__ qkv, u16* keys, u16* values, const int* __restrict__ position,
+              const int* __restrict__ start, const float* __restrict__ turn, float scaling, float scale,
+              u16* __restrict__ y, int T) {
+  extern __shared__ uint4 memory[];
+  Shared& own = *reinterpret_cast<Shared*>(memory);
+  const int rank = blockIdx.x, head = blockIdx.y, heads = gridDim.y, b = blockIdx.z;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  keys += (u64(b) * heads + head) * T * HEAD;
+  values += (u64(b) * heads + head) * T * HEAD;
+  // The predecessor writes qkv alone; where the token stands, and the context before it, were there long before.
+  const int place = position[b], first = start[b], count = place + 1 - first;
+  const int each = (count + SPLITS - 1) / SPLITS;
+  const int begin = first + rank * each, end = min(begin + each, place + 1);
+  for (int line = threadIdx.x; line < (end - begin) * (HEAD / 64); line += kThreads) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + u64(begin) * HEAD + 64 * line));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(values + u64(begin) * HEAD + 64 * line));
+  }
+  if (threadIdx.x < GROUP) own.most[threadIdx.x] = kNothing, own.total[threadIdx.x] = 0;
+  wait_for_predecessor();
+  let_successor_start();
+
+  const u16* row = qkv + u64(b) * (GROUP + 2) * heads * HEAD;
+  for (int o = threadIdx.x; o < GROUP * (HEAD / 2); o += kThreads) {
+    const int g = o / (HEAD / 2), i = o % (HEAD / 2);
+    float sine, cosine, one, two;
+    sincospif(float(place - first) * turn[i] * 0.318309886f, &sine, &cosine);
+    turned(row + (head * GROUP + g) * HEAD, i, cosine * scaling, sine * scaling, one, two);
+    // Scores in powers of two.
+    own.query[g][i] = one * scale * 1.44269504f;
+    own.query[g][i + HEAD / 2] = two * scale * 1.44269504f;
+  }
+  if (end == place + 1 && begin < end) {
+    const u16 *key = row + (GROUP * heads + head) * HEAD, *value = key + heads * HEAD;
+    for (int i = threadIdx.x; i < HEAD / 2; i += kThreads) {
+      float sine, cosine, one, two;
+      sincospif(float(place - first) * turn[i] * 0.318309886f, &sine, &cosine);
+      turned(key, i, cosine * scaling, sine * scaling, one, two);
+      keys[u64(place) * HEAD + i] = from_float(one);
+      keys[u64(place) * HEAD + i + HEAD / 2] = from_float(two);
+      values[u64(place) * HEAD + i] = value[i];
+      values[u64(place) * HEAD + i + HEAD / 2] = value[i + HEAD / 2];
+    }
+  }
+  __syncthreads();
+
+  const int two = threadIdx.x % kPairs, side = threadIdx.x / kPairs;
+  float sums[GROUP][2] = {};
+  for (int tile = begin; tile < end; tile += kTile) {
+    const int filled = min(kTile, end - tile);
+    for (int j = threadIdx.x / kLanes; j < kTile; j += kThreads / kLanes) {
+      float dots[GROUP] = {};
+      const int part = lane % kLanes * kDims;
+      if (j < filled) {
+#pragma unroll
+        for (int c = 0; c < kDims; c += 8) {
+          const Words k = load(keys + u64(tile + j) * HEAD + part + c);
+#pragma unroll
+          for (int g = 0; g < GROUP; ++g) {
+            const float* q = &own.query[g][part + c];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) dots[g] += low(k.v[i]) * q[2 * i] + high(k.v[i]) * q[2 * i + 1];
+          }
+        }
+      }
+#pragma unroll
+      for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+        for (int other = kLanes / 2; other; other /= 2) dots[g] += __shfl_xor_sync(0xffffffffu, dots[g], other);
+        if (lane % kLanes == 0) own.scores[g][j] = j < filled ? dots[g] : kNothing;
+      }
+    }
+    __syncthreads();
+    for (int g = warp; g < GROUP; g += kWarps) {
+      const float a = own.scores[g][lane], c = own.scores[g][lane + 32], before = own.most[g];
+      const float most = fmaxf(before, max_of_warp(fmaxf(a, c)));
+      const float pa = exp2f(a - most), pc = exp2f(c - most);
+      own.scores[g][lane] = pa;
+      own.scores[g][lane + 32] = pc;
+      const float total = sum_of_warp(pa + pc), shrink = exp2f(before - most);
+      __syncwarp();
+      if (lane == 0) own.shrink[g] = shrink, own.total[g] = own.total[g] * shrink + total, own.most[g] = most;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) sums[g][0] *= own.shrink[g], sums[g][1] *= own.shrink[g];
+#pragma unroll 8
+    for (int j = side; j < filled; j += kSides) {
+      const u32 v = *reinterpret_cast<const volatile u32*>(values + u64(tile + j) * HEAD + 2 * two);
+#pragma unroll
+      for (int g = 0; g < GROUP; ++g) {
+        sums[g][0] += own.scores[g][j] * low(v);
+        sums[g][1] += own.scores[g][j] * high(v);
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int g = 0; g < GROUP; ++g) own.sides[side][g][2 * two] = sums[g][0], own.sides[side][g][2 * two + 1] = sums[g][1];
+  __syncthreads();
+  for (int o = threadIdx.x; o < GROUP * HEAD; o += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int s = 0; s < kSides; ++s) sum += own.sides[s][o / HEAD][o % HEAD];
+    own.out[o / HEAD][o % HEAD] = sum;
+  }
+  sync_cluster();
+  // Every block of the cluster finishes its share of the elements.
+  for (int o = threadIdx.x + rank * kThreads; o < GROUP * HEAD; o += kThreads * SPLITS) {
+    const int g = o / HEAD, i = o % HEAD;
+    float most = kNothing, sum = 0, total = 0;
+#pragma unroll
+    for (int r = 0; r < SPLITS; ++r) most = fmaxf(most, there(&own.most[g], r));
+#pragma unroll
+    for (int r = 0; r < SPLITS; ++r) {
+      const float weight = exp2f(there(&own.most[g], r) - most);
+      sum += weight * there(&own.out[g][i], r);
+      total += weight * there(&own.total[g], r);
+    }
+    y[(u64(b) * heads * GROUP + head * GROUP + g) * HEAD + i] = from_float(sum / total);
+  }
+  // Nobody leaves while another still reads from it.
+  sync_cluster();
+}
+
+// best[b] = the largest of logits[b], its order in the upper half, the least index of those in the lower, inverted.
+// Grid: (blocks, B); best is 0 before.
+extern "C" __global__ void __launch_bounds__(kThreads) largest(const u16* __restrict__ logits, u64* best, int V) {
+  wait_for_predecessor();
+  let_successor_start();
+  u64 most = 0;
+  const u16* row = logits + u64(blockIdx.y) * V;
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < V; i += gridDim.x * kThreads) {
+    const u32 bits = __float_as_uint(to_float(row[i]));
+    const u32 order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    const u64 key = u64(order) << 32 | (0xffffffffu - u32(i));
+    if (key > most) most = key;
+  }
+#pragma unroll
+  for (int other = 16; other; other /= 2) {
+    const u64 key = __shfl_xor_sync(0xffffffffu, most, other);
+    if (key > most) most = key;
+  }
+  if (threadIdx.x % 32 == 0) atomicMax(best + blockIdx.y, most);
+}
+
+// Take the largest as the next token: note it at its place in tokens [B, T], go on by one place, and begin the next
+// step with its embedding. Grid: (B).
+extern "C" __global__ void __launch_bounds__(kThreads, 2)
+    next_token(u64* best, int* position, long long* tokens, const u16* __restrict__ embedding, u16* __restrict__ hidden,
+               int T) {
+  wait_for_predecessor();
+  let_successor_start();
+  const int b = blockIdx.x, place = position[b] + 1;
+  const u32 token = 0xffffffffu - u32(best[b] & 0xffffffffu);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    best[b] = 0;
+    position[b] = place;
+    if (place < T) tokens[u64(b) * T + place] = token;
+  }
+  for (int chunk = threadIdx.x; chunk < HIDDEN / 8; chunk += kThreads) {
+    const Words w = load(embedding + u64(token) * HIDDEN + 8 * chunk);
+    *reinterpret_cast<uint4*>(hidden + u64(b) * HIDDEN + 8 * chunk) = make_uint4(w.v[0], w.v[1], w.v[2], w.v[3]);
+  }
+}
