@@ -24,8 +24,8 @@ def linear(
     """Return x [..., K] · Wᵀ + bias [N] as [..., N] in x's dtype (bf16 or fp16; on the CPU also fp32).
 
     *residual* [..., N] is added to it. With *pairs* (see formats.pairs_order) the result is silu(gates) * what they
-    open, [..., N / 2]. Nothing waits for the device. *pdl* lets the kernel read weights while its predecessor still runs: only for weights
-    that no kernel just before has written. Raises ValueError for shapes, dtypes or devices that do not fit.
+    open, [..., N / 2]. Nothing waits for the device. *pdl* lets the kernel read weights while its predecessor still
+    runs: only for weights that no kernel just before has written. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     check(weight, x, bias)
     _check_epilogue(weight, x, residual, pairs)

@@ -26,7 +26,7 @@ from llmkern.record.annotate import Annotator
 from llmkern.record.clock import ClockWatch
 from llmkern.record.device.choose import choose_device
 from llmkern.record.device.interface import Device
-from llmkern.record.generation import Generation, decoder_layers
+from llmkern.record.generation import FusedGeneration, Generation, decoder_layers
 from llmkern.record.options import TraceOptions
 from llmkern.record.passes.effect import record_effect
 from llmkern.record.passes.inspection import inspect
@@ -42,6 +42,7 @@ from llmkern.runfolder.facts import ModelFacts, OutlierFacts, PromptFacts, Repla
 from llmkern.runfolder.place import check_output, check_run_target
 from llmkern.runfolder.schema import TABLES
 from llmkern.workload.engine import use_graph
+from llmkern.workload.fused import FusedModel
 from llmkern.workload.load import LoadedModel, Source, choose_source, load_model, load_tokenizer
 from llmkern.workload.models import ModelSpec, Shape, build_config, find_model, shape_of
 from llmkern.workload.precision import Workload, check_memory, check_precision, have_bitsandbytes, required_bytes
@@ -227,14 +228,23 @@ def assemble(job: Job, writer: RunWriter, stages: Stages) -> Rig:
     with stages.stage(f"Loading {job.spec.name} {options.precision}") as advance:
         how = RandomWeights(options.seed, options.outliers, options.double_quant, options.int8_threshold)
         loaded = load_model(job.spec, job.source, options.precision, device.torch_device, how, lambda *_: advance())
+    model = loaded.model
+    if options.engine == "fused":
+        batch, tokens = job.prompts.input_ids.shape
+        with stages.stage("Fusing", loaded.config.num_hidden_layers) as advance:
+            model = FusedModel(loaded.model, tokens + options.new_tokens, batch, lambda _: advance())
+        loaded = replace(loaded, model=model)
     writer.note(model=_model_facts(job.spec, loaded))
     ids, mask = (t.to(device.torch_device) for t in (job.prompts.input_ids, job.prompts.attention_mask))
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if options.engine == "fused":
+        fused = FusedGeneration(model, inputs, Annotator(), device.synchronize)
+        return Rig(device, tuple(device.meters()), fused, model, writer, stages, options, clock)
     cache = None
     if options.engine == "graph":
-        cache = use_graph(loaded.model, int(ids.shape[1]), options.new_tokens)
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    generation = Generation(loaded.model, inputs, Annotator(), device.synchronize, cache)
-    return Rig(device, tuple(device.meters()), generation, loaded.model, writer, stages, options, clock)
+        cache = use_graph(model, int(ids.shape[1]), options.new_tokens)
+    generation = Generation(model, inputs, Annotator(), device.synchronize, cache)
+    return Rig(device, tuple(device.meters()), generation, model, writer, stages, options, clock)
 
 
 def record(rig: Rig) -> None:

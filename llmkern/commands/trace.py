@@ -9,17 +9,17 @@ import click
 
 from llmkern.commands import CONTEXT, common
 from llmkern.commands.common import Wanted
-from llmkern.runfolder.vocabulary import ENGINES, PRECISIONS, WEIGHTS
+from llmkern.runfolder.vocabulary import ENGINES, FUSED, PRECISIONS, WEIGHTS
 
 
 @click.command("trace", context_settings=CONTEXT)
 @click.option("--model", required=True, help="Registry name (see 'llmkern models'), Hugging Face id or local path.")
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice([*PRECISIONS, *FUSED]),
     default="bf16",
     show_default=True,
-    help="int8: bitsandbytes LLM.int8(); int4: bitsandbytes NF4.",
+    help="int8: bitsandbytes LLM.int8(); int4: bitsandbytes NF4; int8-fused and int4-fused: with --engine fused.",
 )
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
 @click.option(
@@ -27,7 +27,8 @@ from llmkern.runfolder.vocabulary import ENGINES, PRECISIONS, WEIGHTS
     type=click.Choice(ENGINES),
     default="eager",
     show_default=True,
-    help="graph: every decode step from one captured CUDA graph, with a cache of fixed size.",
+    help="graph: every decode step from one captured CUDA graph, with a cache of fixed size; fused: the same over "
+    "llmkern's own kernels, seven launches a layer, no host in the loop.",
 )
 @click.option(
     "--weights",
@@ -97,6 +98,8 @@ def command(top: int, as_json: bool, page: Path | None, quiet: bool, debug: bool
 
     # What can be found wrong at once is not to wait for the libraries.
     find_model(options["model"])
+    if options["precision"] in FUSED:
+        options |= {"precision": FUSED[options["precision"]], "engine": "fused"}
     wanted = Wanted(top, as_json, page=page)
     if page is not None:
         check_wanted(options["out"] or Path("runs"), wanted)

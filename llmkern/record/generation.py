@@ -14,6 +14,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from llmkern.record.annotate import Annotator
+from llmkern.workload.fused import FusedModel
 
 
 def cache_argument(model: nn.Module) -> str:
@@ -30,8 +31,59 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return best
 
 
+class Annotated:
+    """What generations of all engines have in common: where they are, and their layers as ranges."""
+
+    model: Any
+    annotator: Annotator
+    _step: int
+    _token: int | None
+
+    def where(self) -> tuple[str, int | None]:
+        """Return the phase and token step now; what runs between two forwards belongs to the token before."""
+        return "decode" if self._token else "prefill", self._token
+
+    @contextmanager
+    def layers_annotated(self) -> Iterator[None]:
+        """Mark every decoder layer with a range as well.
+
+        Each layer's forward is wrapped for the time: two hooks per layer would cost several times as much, because they
+        switch off the short way through torch.nn.Module's call.
+        """
+        note = self.annotator
+
+        def marked(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+            @functools.wraps(forward)
+            def run(*args: Any, **kwargs: Any) -> Any:
+                depth = note.depth
+                note.push(name, "layer", "decode" if self._step else "prefill", self._step)
+                try:
+                    result = forward(*args, **kwargs)
+                except BaseException:
+                    note.abandon(depth)
+                    raise
+                note.pop()
+                return result
+
+            return run
+
+        layers = decoder_layers(self.model)
+        before = [vars(layer).get("forward") for layer in layers]
+        try:
+            for index, layer in enumerate(layers):
+                layer.forward = marked(layer.forward, f"layer {index}")
+            yield
+        finally:
+            for layer, forward in zip(layers, before, strict=True):
+                if forward is None:
+                    vars(layer).pop("forward", None)
+                else:
+                    # Something else (accelerate's hooks, say) had wrapped it before.
+                    layer.forward = forward
+
+
 @dataclass
-class Generation:
+class Generation(Annotated):
     """Greedy generation of exactly n tokens for one batch of prompts, annotated.
 
     *inputs* are input_ids and attention_mask, int64 tensors of shape [batch, prompt tokens]; *cache* is used by every
@@ -103,48 +155,58 @@ class Generation:
         self._token = self._step
         note.push(f"token {self._step}", "token", "decode" if self._step else "prefill", self._step)
 
-    def where(self) -> tuple[str, int | None]:
-        """Return the phase and token step now; what runs between two forwards belongs to the token before."""
-        return "decode" if self._token else "prefill", self._token
-
     def _after_forward(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         self.annotator.pop()
         self._step += 1
 
-    @contextmanager
-    def layers_annotated(self) -> Iterator[None]:
-        """Mark every decoder layer with a range as well.
 
-        Each layer's forward is wrapped for the time: two hooks per layer would cost several times as much, because they
-        switch off the short way through torch.nn.Module's call.
-        """
-        note = self.annotator
+@dataclass
+class FusedGeneration(Annotated):
+    """The same from a FusedModel: nothing on the host waits for a token, *synchronize* ends prefill and decode.
 
-        def marked(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
-            @functools.wraps(forward)
-            def run(*args: Any, **kwargs: Any) -> Any:
-                depth = note.depth
-                note.push(name, "layer", "decode" if self._step else "prefill", self._step)
-                try:
-                    result = forward(*args, **kwargs)
-                except BaseException:
-                    note.abandon(depth)
-                    raise
-                note.pop()
-                return result
+    Ranges of tokens are when the host issued them, which is long before the device computes them.
+    """
 
-            return run
+    model: FusedModel
+    inputs: dict[str, torch.Tensor]
+    annotator: Annotator
+    synchronize: Callable[[], None]
+    _step: int = field(default=0, init=False)
+    _token: int | None = field(default=None, init=False)
 
-        layers = decoder_layers(self.model)
-        before = [vars(layer).get("forward") for layer in layers]
+    def __call__(self, new_tokens: int) -> float:
+        """Generate *new_tokens* tokens per sequence and return the seconds until the device was done."""
+        note, depth = self.annotator, self.annotator.depth
+        note.new_tokens = new_tokens
+        self._step, self._token = 0, None
+        self.synchronize()
         try:
-            for index, layer in enumerate(layers):
-                layer.forward = marked(layer.forward, f"layer {index}")
-            yield
-        finally:
-            for layer, forward in zip(layers, before, strict=True):
-                if forward is None:
-                    vars(layer).pop("forward", None)
-                else:
-                    # Something else (accelerate's hooks, say) had wrapped it before.
-                    layer.forward = forward
+            note.push(f"generate({new_tokens})", "generate")
+            note.push("prefill", "phase", phase="prefill")
+            with torch.inference_mode():
+                self._next(
+                    "prefill", lambda: self.model.prefill(self.inputs["input_ids"], self.inputs["attention_mask"])
+                )
+                self.synchronize()
+                if new_tokens > 1:
+                    note.pop()
+                    note.push("decode", "phase", phase="decode")
+                for _ in range(1, new_tokens):
+                    self._next("decode", self.model.step)
+            self.synchronize()
+            note.pop()
+            end_ns = note.pop()
+            return (end_ns - note.last_start_ns) / 1e9
+        except BaseException:
+            note.abandon(depth)
+            raise
+
+    def _prefill(self) -> None:
+        self.model.prefill(self.inputs["input_ids"], self.inputs["attention_mask"])
+
+    def _next(self, phase: str, compute: Callable[[], None]) -> None:
+        self._token = self._step
+        self.annotator.push(f"token {self._step}", "token", phase, self._step)
+        compute()
+        self.annotator.pop()
+        self._step += 1

@@ -94,6 +94,9 @@ def touched_bytes(tensor: torch.Tensor) -> int:
 def moved_bytes(op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> int:
     """Return the fewest bytes that *op* moves: inputs read once, outputs written once."""
     written = sum(map(touched_bytes, outputs))
+    if op.startswith("llmkern.next_token."):
+        # Of the embedding, the last, one row a sequence is read, which becomes its hidden state.
+        return written + sum(map(touched_bytes, inputs[:-1])) + touched_bytes(inputs[1])
     if op.startswith(_GATHERS):
         return 2 * written + sum(touched_bytes(t) for t in inputs[1:])
     return written + sum(map(touched_bytes, inputs))
@@ -121,6 +124,11 @@ def flops(
     if name.startswith("aten.scaled_dot_product_attention"):
         query, key = inputs[0].shape, inputs[1].shape
         return 4 * inputs[0].numel() * key[-2] if len(query) >= 2 else 0
+    if name.startswith("llmkern.") and "_linear." in name:
+        halves = 2 if called[1].get("pairs") else 1
+        return 2 * halves * outputs[0].numel() * inputs[0].shape[-1]
+    if name.startswith("llmkern.decode_attention."):
+        return 4 * outputs[0].numel() * inputs[1].shape[2]
     quantized = name.startswith("bitsandbytes.") and any(w in name for w in ("linear", "gemv", "gemm", "scaled_mm"))
     if quantized or name.startswith(("aten.linear.", "aten.matmul.")):
         # The inner dimension is that of the activations, which come first.

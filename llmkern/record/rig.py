@@ -13,7 +13,7 @@ from llmkern.progress import Stages
 from llmkern.record.annotate import Annotator, columns
 from llmkern.record.clock import ClockWatch
 from llmkern.record.device.interface import Device, EnergyMeter
-from llmkern.record.generation import Generation
+from llmkern.record.generation import FusedGeneration, Generation
 from llmkern.record.options import TraceOptions
 from llmkern.record.pump import Pump, Source
 from llmkern.runfolder import RunWriter
@@ -29,7 +29,7 @@ class Rig:
 
     device: Device
     meters: tuple[EnergyMeter, ...]
-    generation: Generation
+    generation: Generation | FusedGeneration
     model: nn.Module
     writer: RunWriter
     stages: Stages

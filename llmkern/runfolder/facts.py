@@ -36,7 +36,7 @@ class OptionFacts:
     model: str = "unknown"
     precision: Literal["", "fp32", "bf16", "fp16", "int8", "int4"] = ""
     device: str = "auto"
-    engine: Literal["eager", "graph"] = "eager"
+    engine: Literal["eager", "graph", "fused"] = "eager"
     weights: Literal["auto", "hub", "local", "random"] = "auto"
     batch: Positive = 1
     prompt_tokens: Positive | None = None

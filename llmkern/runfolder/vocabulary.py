@@ -27,7 +27,9 @@ PASS, WINDOW, GENERATE, PHASE, TOKEN, LAYER, IDLE, LOAD = (
 NVML_COUNTER, RAPL_COUNTER = "nvml_total", "rapl_package"
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
-ENGINES = ("eager", "graph")
+ENGINES = ("eager", "graph", "fused")
+# Names for a precision with an engine of its own.
+FUSED = {"int8-fused": "int8", "int4-fused": "int4"}
 WEIGHTS = ("auto", "hub", "local", "random")
 
 RECORDING, COMPLETE, FAILED, INTERRUPTED, KILLED = "recording", "complete", "failed", "interrupted", "killed"

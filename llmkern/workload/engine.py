@@ -95,7 +95,10 @@ def use_graph(model: Any, prompt_tokens: int, new_tokens: int) -> StaticCache:
 
 def taken_apart(model: Any) -> AbstractContextManager[None]:
     """Let *model* run its decode steps operator by operator for the time, if they come from a graph."""
-    return model.forward.taken_apart() if isinstance(model.forward, CapturedDecode) else nullcontext()
+    if isinstance(model.forward, CapturedDecode):
+        return model.forward.taken_apart()
+    own: AbstractContextManager[None] | None = model.taken_apart() if hasattr(model, "taken_apart") else None
+    return own or nullcontext()
 
 
 def _tensors(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], torch.Tensor]:

@@ -25,6 +25,10 @@ ARCHITECTURES = ("llama", "mistral", "qwen2")
 MOST_BATCH, MOST_GROUP, HEAD_SIZES = 64, 16, (64, 128)
 
 
+# Which places [B, 1, T, T] each place of a prompt sees, None for all before it.
+Seen = torch.Tensor | None
+
+
 class RmsNorm(nn.Module):
     """x over the root of its mean square, times its weight."""
 
@@ -34,7 +38,7 @@ class RmsNorm(nn.Module):
         self.register_buffer("weight", norm.weight.detach(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.llmkern.rms_norm(x, self.weight, self.eps)
+        return torch.ops.llmkern.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
 class Attention(nn.Module):
@@ -59,31 +63,31 @@ class Attention(nn.Module):
         self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
 
     def forward(
-        self, x: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, start: torch.Tensor
+        self, x: torch.Tensor, hidden: torch.Tensor, position: torch.Tensor, start: torch.Tensor, seen: Seen
     ) -> torch.Tensor:
-        """Return hidden plus the attention of one new token, x [B, H] its normed state."""
+        """Return hidden plus attention: of one new token, x [B, H], or of whole prompts, x [B, T, H]."""
+        qkv = self.qkv_proj(x)
+        if x.dim() == 3:
+            return self.o_proj(self._whole(qkv, start, seen), hidden)
         mixed = torch.ops.llmkern.decode_attention(
-            self.qkv_proj(x), self.keys, self.values, position, start, self.turn, self.scaling
+            qkv, self.keys, self.values, position, start, self.turn, self.scaling
         )
         return self.o_proj(mixed, hidden)
 
-    def prefill(
-        self, x: torch.Tensor, hidden: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return hidden plus the attention of whole prompts, x [B, T, H]; fills the cache."""
-        batch, length, _ = x.shape
-        rows = self.qkv_proj(x).view(batch, length, -1, self.head_size)
+    def _whole(self, qkv: torch.Tensor, start: torch.Tensor, seen: Seen) -> torch.Tensor:
+        """Return the attention of whole prompts, [B, T, queries * D]; fills the cache."""
+        batch, length, _ = qkv.shape
+        rows = qkv.view(batch, length, -1, self.head_size)
         queries = rows.shape[2] - 2 * self.heads
-        places = (torch.arange(length, device=x.device) - start[:, None]).clamp(min=0)
-        turned = (
-            rotated(rows[:, :, : queries + self.heads], places, self.turn, self.scaling).to(x.dtype).transpose(1, 2)
-        )
+        places = (torch.arange(length, device=qkv.device) - start[:, None]).clamp(min=0)
+        turned = rotated(rows[:, :, : queries + self.heads], places, self.turn, self.scaling)
+        turned = turned.to(qkv.dtype).transpose(1, 2)
         query, key, value = turned[:, :queries], turned[:, queries:], rows[:, :, queries + self.heads :].transpose(1, 2)
         self.keys[:, :, :length], self.values[:, :, :length] = key, value
         mixed = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=True
         )
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1), hidden)
+        return mixed.transpose(1, 2).reshape(batch, length, -1)
 
 
 class Mlp(nn.Module):
@@ -110,15 +114,11 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RmsNorm(layer.post_attention_layernorm)
         self.mlp = Mlp(layer.mlp)
 
-    def forward(self, hidden: torch.Tensor, position: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        hidden = self.self_attn(self.input_layernorm(hidden), hidden, position, start)
+    def forward(
+        self, hidden: torch.Tensor, position: torch.Tensor, start: torch.Tensor, seen: Seen = None
+    ) -> torch.Tensor:
+        hidden = self.self_attn(self.input_layernorm(hidden), hidden, position, start, seen)
         return self.mlp(self.post_attention_layernorm(hidden), hidden)
-
-    def prefill(self, hidden: torch.Tensor, start: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        shape = hidden.shape
-        x = self.input_layernorm(hidden.view(-1, shape[-1])).view(shape)
-        hidden = self.self_attn.prefill(x, hidden, start, mask)
-        return self.mlp(self.post_attention_layernorm(hidden.view(-1, shape[-1])).view(shape), hidden)
 
 
 class Backbone(nn.Module):
@@ -139,13 +139,14 @@ class Backbone(nn.Module):
 class FusedModel(nn.Module):
     """A causal language model of ARCHITECTURES over its own weights, decoding greedily without the host.
 
-    ``prefill(ids, mask)`` reads prompts [B, T] (padded on the left) and chooses the first token, ``step()`` one more;
-    ``tokens`` [B, places] has them all. Raises UsageError for a model or a batch that it cannot be.
+    The layers of *model* are taken out of it one by one; *made* is called after each. ``prefill(ids, mask)`` reads
+    prompts [B, T] (padded on the left) and chooses the first token, ``step()`` one more; ``tokens`` [B, places] has
+    them all. Raises UsageError for a model or a batch that it cannot be.
     """
 
     def __init__(self, model: Any, places: int, batch: int, made: Callable[[int], None] = lambda index: None) -> None:
         super().__init__()
-        check(model.config, places, batch, model.device)
+        check(model.config, places, batch, model.device, model.dtype)
         self.config, self.generation_config = model.config, model.generation_config
         self.model = Backbone(model.model, made)
         self.lm_head = FusedLinear(_packed(_weight(model.lm_head)), _bias(model.lm_head))
@@ -184,10 +185,10 @@ class FusedModel(nn.Module):
         hidden = self.model.embed_tokens(ids)
         seen = self._seen(mask) if length > 1 else None
         for layer in self.model.layers:
-            hidden = layer.prefill(hidden, self.start, seen)  # type: ignore[operator]
+            hidden = layer(hidden, self.position, self.start, seen)
         self._choose(self.lm_head(self.model.norm(hidden[:, -1].contiguous())))
 
-    def _seen(self, mask: torch.Tensor) -> torch.Tensor | None:
+    def _seen(self, mask: torch.Tensor) -> Seen:
         """Return which places [B, 1, T, T] each place sees, None where nothing is padded."""
         if bool(mask.all()):
             return None
@@ -238,9 +239,10 @@ class FusedModel(nn.Module):
         stop: frozenset[int] = frozenset(),
         every: int = 16,
     ) -> torch.Tensor:
-        """Return ids and up to *new_tokens* more, [B, T + n]; every *every* tokens it is looked whether all have met *stop*.
+        """Return ids and up to *new_tokens* more, [B, T + n].
 
-        Raises UsageError where they do not fit the cache.
+        After every *every* tokens it is looked whether all have met one of *stop*. Raises UsageError where they do not
+        fit the cache.
         """
         length = ids.shape[1]
         if length + new_tokens > self.places:
@@ -261,7 +263,7 @@ class FusedModel(nn.Module):
         return bool(torch.isin(self.tokens[:, begin:end], ends).any(1).all())
 
 
-def check(config: Any, places: int, batch: int, device: torch.device) -> None:
+def check(config: Any, places: int, batch: int, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse models and batches that the fused engine is not built for; raises UsageError."""
     kind = getattr(config, "model_type", "unknown")
     if kind not in ARCHITECTURES:
@@ -280,6 +282,8 @@ def check(config: Any, places: int, batch: int, device: torch.device) -> None:
         raise UsageError(f"--engine fused knows SiLU, this model has {config.hidden_act}: use --engine graph.")
     if device.type != "cuda":
         return
+    if dtype == torch.float32:
+        raise UsageError("--engine fused computes in bf16 or fp16: use --precision bf16, fp16, int8 or int4.")
     if size not in HEAD_SIZES or group > MOST_GROUP or config.hidden_size % 64 or config.intermediate_size % 64:
         raise UsageError(
             f"--engine fused has heads of 64 or 128 elements, at most {MOST_GROUP} a key, and sizes that divide by 64; "

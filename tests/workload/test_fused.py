@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from llmkern.errors import UsageError
 from llmkern.workload.fused import FusedModel, check
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 8, "vocab_size": 500}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "vocab_size": 500,
+}
 CONFIGS = {
     "qwen2": Qwen2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=256),
     "llama": LlamaConfig(
@@ -102,15 +109,11 @@ def test_it_stops_when_all_have_met_an_end() -> None:
     ],
 )
 def test_what_it_cannot_be_is_said(change: dict[str, Any], said: str) -> None:
-    config = copy.deepcopy(CONFIGS["qwen2"])
-    for name, value in change.items():
-        (setattr if name != "model_type" else lambda o, n, v: setattr(type("Other", (type(o),), {}), n, v))(config, name, value)
-    if "model_type" in change:
-        config = type("Other", (), {"model_type": change["model_type"]})()
+    config = SimpleNamespace(**{**CONFIGS["qwen2"].to_dict(), **change})
     with pytest.raises(UsageError, match=said):
-        check(config, 100, 1, torch.device("cpu"))
+        check(config, 100, 1, torch.device("cpu"), torch.float32)
     with pytest.raises(UsageError, match="at most 64 sequences"):
-        check(CONFIGS["qwen2"], 100, 65, torch.device("cpu"))
+        check(CONFIGS["qwen2"], 100, 65, torch.device("cpu"), torch.float32)
 
 
 def test_more_tokens_than_places_are_refused() -> None:
