@@ -99,18 +99,24 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 
 namespace {
 
-constexpr int kTile = 64;               // tokens whose scores are in shared memory at a time
-constexpr int kLanes = 8;               // lanes that share a token's key
-constexpr int kDims = HEAD / kLanes;    // elements of a key for each of them
-constexpr int kPairs = HEAD / 2;        // threads that a value's elements take, two each
+constexpr int kTile = 128;                      // tokens that are looked at together
+constexpr int kLanes = 8;                       // lanes that share a token's key
+constexpr int kGroups = kThreads / kLanes;
+constexpr int kEach = kTile / kGroups;          // tokens of a group of lanes
+constexpr int kPieces = HEAD / (8 * kLanes);    // loads of eight elements that a lane's part of a key takes
+constexpr int kPairs = HEAD / 2;                // threads that a value's elements take, two each
 constexpr int kSides = kThreads / kPairs;
+constexpr int kTurns = kTile / kSides;          // tokens of a thread's values
 
 struct Shared {
-  float query[GROUP][HEAD];
+  // Lane p of a key's eight meets elements 64 c + 8 p + i as query[g][c][i / 4][p][i % 4]: no two in one bank.
+  float query[GROUP][kPieces][2][kLanes][4];
   float scores[GROUP][kTile];
   float shrink[GROUP], most[GROUP], total[GROUP];
   float sides[kSides][GROUP][HEAD];
   float out[GROUP][HEAD];
+  // The new token's, as they go into the cache.
+  u16 key[HEAD], value[HEAD];
 };
 
 INLINE float there(const float* p, int rank) {
@@ -147,7 +153,7 @@ INLINE void turned(const u16* x, int i, float cosine, float sine, float& first, 
 // position[b] is the new token's place, start[b] the first one that is no padding. *turn* [HEAD / 2] are the angles of
 // one step, *scaling* what they multiply (YaRN), *scale* the scores'. y [B, GROUP * heads, HEAD].
 // Grid: (SPLITS, heads, B), cluster (SPLITS, 1, 1); shared memory: sizeof(Shared).
-extern "C" __global__ void __launch_bounds__(kThreads, 2)
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
     attention(const u16* __restrict__ qkv, u16* keys, u16* values, const int* __restrict__ position,
               const int* __restrict__ start, const float* __restrict__ turn, float scaling, float scale,
               u16* __restrict__ y, int T) {
@@ -161,54 +167,80 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   const int place = position[b], first = start[b], count = place + 1 - first;
   const int each = (count + SPLITS - 1) / SPLITS;
   const int begin = first + rank * each, end = min(begin + each, place + 1);
-  for (int line = threadIdx.x; line < (end - begin) * (HEAD / 64); line += kThreads) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(keys + u64(begin) * HEAD + 64 * line));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(values + u64(begin) * HEAD + 64 * line));
-  }
+  const int part = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const int two = threadIdx.x % kPairs, side = threadIdx.x / kPairs;
+  Words k[kEach][kPieces];
+  u32 v[kTurns];
+  const auto fetch = [&](int tile) {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int at = tile + group + kGroups * e;
+      if (at < min(end, place)) {
+#pragma unroll
+        for (int c = 0; c < kPieces; ++c) k[e][c] = load(keys + u64(at) * HEAD + 64 * c + 8 * part);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int at = tile + side + kSides * i;
+      v[i] = at < min(end, place) ? *reinterpret_cast<const volatile u32*>(values + u64(at) * HEAD + 2 * two) : 0;
+    }
+  };
+  fetch(begin);
   if (threadIdx.x < GROUP) own.most[threadIdx.x] = kNothing, own.total[threadIdx.x] = 0;
   wait_for_predecessor();
   let_successor_start();
 
   const u16* row = qkv + u64(b) * (GROUP + 2) * heads * HEAD;
+  const auto angle = [&](int i, float& sine, float& cosine) {
+    sincospif(float(place - first) * turn[i] * 0.318309886f, &sine, &cosine);
+    sine *= scaling;
+    cosine *= scaling;
+  };
   for (int o = threadIdx.x; o < GROUP * (HEAD / 2); o += kThreads) {
     const int g = o / (HEAD / 2), i = o % (HEAD / 2);
-    float sine, cosine, one, two;
-    sincospif(float(place - first) * turn[i] * 0.318309886f, &sine, &cosine);
-    turned(row + (head * GROUP + g) * HEAD, i, cosine * scaling, sine * scaling, one, two);
-    // Scores in powers of two.
-    own.query[g][i] = one * scale * 1.44269504f;
-    own.query[g][i + HEAD / 2] = two * scale * 1.44269504f;
-  }
-  if (end == place + 1 && begin < end) {
-    const u16 *key = row + (GROUP * heads + head) * HEAD, *value = key + heads * HEAD;
-    for (int i = threadIdx.x; i < HEAD / 2; i += kThreads) {
-      float sine, cosine, one, two;
-      sincospif(float(place - first) * turn[i] * 0.318309886f, &sine, &cosine);
-      turned(key, i, cosine * scaling, sine * scaling, one, two);
-      keys[u64(place) * HEAD + i] = from_float(one);
-      keys[u64(place) * HEAD + i + HEAD / 2] = from_float(two);
-      values[u64(place) * HEAD + i] = value[i];
-      values[u64(place) * HEAD + i + HEAD / 2] = value[i + HEAD / 2];
+    float sine, cosine, pair[2];
+    angle(i, sine, cosine);
+    turned(row + (head * GROUP + g) * HEAD, i, cosine, sine, pair[0], pair[1]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int at = i + h * (HEAD / 2);
+      // Scores in powers of two.
+      own.query[g][at / 64][at / 4 % 2][at / 8 % 8][at % 4] = pair[h] * scale * 1.44269504f;
     }
+  }
+  if (end == place + 1 && begin < end && threadIdx.x < HEAD / 2) {
+    const u16 *key = row + (GROUP * heads + head) * HEAD, *value = key + heads * HEAD;
+    const int i = threadIdx.x, h = i + HEAD / 2;
+    float sine, cosine, one, other;
+    angle(i, sine, cosine);
+    turned(key, i, cosine, sine, one, other);
+    own.key[i] = keys[u64(place) * HEAD + i] = from_float(one);
+    own.key[h] = keys[u64(place) * HEAD + h] = from_float(other);
+    own.value[i] = values[u64(place) * HEAD + i] = value[i];
+    own.value[h] = values[u64(place) * HEAD + h] = value[h];
   }
   __syncthreads();
 
-  const int two = threadIdx.x % kPairs, side = threadIdx.x / kPairs;
   float sums[GROUP][2] = {};
   for (int tile = begin; tile < end; tile += kTile) {
-    const int filled = min(kTile, end - tile);
-    for (int j = threadIdx.x / kLanes; j < kTile; j += kThreads / kLanes) {
-      float dots[GROUP] = {};
-      const int part = lane % kLanes * kDims;
-      if (j < filled) {
+    if (tile > begin) fetch(tile);
 #pragma unroll
-        for (int c = 0; c < kDims; c += 8) {
-          const Words k = load(keys + u64(tile + j) * HEAD + part + c);
+    for (int e = 0; e < kEach; ++e) {
+      const int j = group + kGroups * e, at = tile + j;
+      float dots[GROUP] = {};
+      if (at < end) {
+#pragma unroll
+        for (int c = 0; c < kPieces; ++c) {
+          const Words now = at == place ? *reinterpret_cast<const Words*>(own.key + 64 * c + 8 * part) : k[e][c];
 #pragma unroll
           for (int g = 0; g < GROUP; ++g) {
-            const float* q = &own.query[g][part + c];
 #pragma unroll
-            for (int i = 0; i < 4; ++i) dots[g] += low(k.v[i]) * q[2 * i] + high(k.v[i]) * q[2 * i + 1];
+            for (int h = 0; h < 2; ++h) {
+              const float4 q = *reinterpret_cast<const float4*>(own.query[g][c][h][part]);
+              dots[g] += low(now.v[2 * h]) * q.x + high(now.v[2 * h]) * q.y;
+              dots[g] += low(now.v[2 * h + 1]) * q.z + high(now.v[2 * h + 1]) * q.w;
+            }
           }
         }
       }
@@ -216,30 +248,45 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       for (int g = 0; g < GROUP; ++g) {
 #pragma unroll
         for (int other = kLanes / 2; other; other /= 2) dots[g] += __shfl_xor_sync(0xffffffffu, dots[g], other);
-        if (lane % kLanes == 0) own.scores[g][j] = j < filled ? dots[g] : kNothing;
+        if (part == 0) own.scores[g][j] = at < end ? dots[g] : kNothing;
       }
     }
     __syncthreads();
     for (int g = warp; g < GROUP; g += kWarps) {
-      const float a = own.scores[g][lane], c = own.scores[g][lane + 32], before = own.most[g];
-      const float most = fmaxf(before, max_of_warp(fmaxf(a, c)));
-      const float pa = exp2f(a - most), pc = exp2f(c - most);
-      own.scores[g][lane] = pa;
-      own.scores[g][lane + 32] = pc;
-      const float total = sum_of_warp(pa + pc), shrink = exp2f(before - most);
-      __syncwarp();
-      if (lane == 0) own.shrink[g] = shrink, own.total[g] = own.total[g] * shrink + total, own.most[g] = most;
+      float score[kTile / 32], most = own.most[g], total = 0;
+      const float before = most;
+#pragma unroll
+      for (int i = 0; i < kTile / 32; ++i) {
+        score[i] = own.scores[g][lane + 32 * i];
+        most = fmaxf(most, score[i]);
+      }
+      most = max_of_warp(most);
+#pragma unroll
+      for (int i = 0; i < kTile / 32; ++i) {
+        score[i] = exp2f(score[i] - most);
+        total += score[i];
+        own.scores[g][lane + 32 * i] = score[i];
+      }
+      total = sum_of_warp(total);
+      if (lane == 0) {
+        const float shrink = exp2f(before - most);
+        own.shrink[g] = shrink;
+        own.total[g] = own.total[g] * shrink + total;
+        own.most[g] = most;
+      }
     }
     __syncthreads();
 #pragma unroll
     for (int g = 0; g < GROUP; ++g) sums[g][0] *= own.shrink[g], sums[g][1] *= own.shrink[g];
-#pragma unroll 8
-    for (int j = side; j < filled; j += kSides) {
-      const u32 v = *reinterpret_cast<const volatile u32*>(values + u64(tile + j) * HEAD + 2 * two);
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const int j = side + kSides * i;
+      if (tile + j >= end) break;
+      const u32 now = tile + j == place ? *reinterpret_cast<const u32*>(own.value + 2 * two) : v[i];
 #pragma unroll
       for (int g = 0; g < GROUP; ++g) {
-        sums[g][0] += own.scores[g][j] * low(v);
-        sums[g][1] += own.scores[g][j] * high(v);
+        sums[g][0] += own.scores[g][j] * low(now);
+        sums[g][1] += own.scores[g][j] * high(now);
       }
     }
     __syncthreads();

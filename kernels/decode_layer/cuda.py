@@ -11,7 +11,7 @@ import torch
 from llmkern.kernels.build import FOLDER, inlined
 from llmkern.kernels.launch import configured, driver
 
-_THREADS, _TILE = 256, 64
+_THREADS, _TILE = 256, 128
 # Blocks that read one sequence's logits.
 _READERS = 64
 _SMALL_SHARED = 48 * 1024
@@ -75,7 +75,7 @@ def shared_bytes(group: int, size: int) -> int:
     """Return the shared memory of a block of attention, as cuda.cu lays it out."""
     sides = _THREADS // (size // 2)
     floats = group * size + group * _TILE + 3 * group + sides * group * size + group * size
-    return 4 * floats
+    return 4 * floats + 2 * 2 * size
 
 
 def _macros(x: torch.Tensor, hidden: int = 8, head: int = 128, group: int = 1, splits: int = 1) -> tuple[str, ...]:

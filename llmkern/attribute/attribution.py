@@ -153,8 +153,7 @@ class Attribution:
         if kernels is not None:
             rows = self.kernels_of(phase)
             chosen = np.asarray(kernels(rows), bool)
-            scale = account.busy_s / account.traced_busy_s if account.is_traced_longer else 1.0
-            time_s += float(rows["duration_ns"].to_numpy()[chosen].sum()) / 1e9 * scale
+            time_s += float(rows["duration_ns"].to_numpy()[chosen].sum()) / 1e9 * account.traced_scale
             if account.joules is not None:
                 parts.append(account.joules.of(rows, chosen))
         if gaps is not None and len(self.gaps):
@@ -274,9 +273,8 @@ def attribute(run: RunFolder, *, equal_power: bool = False) -> Attribution:
 def _split(account: PhaseAccount, rows: pd.DataFrame, keys: list[str]) -> Drawn:
     drawn = (without_energy(rows, keys), None) if account.joules is None else account.joules.drawn(rows, keys)
     frame, draws = drawn
-    if account.is_traced_longer:
-        # Shares are those of the traced run, lengths fit into the weighed one.
-        frame["duration_ns"] *= account.busy_s / account.traced_busy_s
+    # Shares are those of the traced run, lengths fit into the weighed one.
+    frame["duration_ns"] *= account.traced_scale
     return frame, draws
 
 

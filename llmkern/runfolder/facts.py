@@ -145,12 +145,16 @@ class PromptFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFacts:
-    """The weigh pass as planned: generations per window at least, and how long each window lasts at least."""
+    """The weigh pass as planned: generations per window at least, and how long each window lasts at least.
+
+    *generate_s* is what a whole generation took by the warm-up.
+    """
 
     prefill_repeats: tuple[Positive, ...] = ()
     generate_repeats: tuple[Positive, ...] = ()
     new_tokens: Positive = 2
     shortest_s: Amount | None = None
+    generate_s: Amount | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,8 +67,14 @@ class PhaseAccount:
 
     @property
     def is_traced_longer(self) -> bool:
-        """Whether kernels alone took longer in the traced run than the phase takes when it is weighed."""
-        return self.traced_busy_s > self.weight.latency_s.value
+        """Whether kernels alone took longer in the traced run than the phase can take, by its interval, when weighed."""
+        latency = self.weight.latency_s
+        return self.traced_busy_s > (latency.value if latency.high is None else latency.high)
+
+    @property
+    def traced_scale(self) -> float:
+        """Return what traced times of kernels are multiplied by so that they fit into the weighed phase, at most 1."""
+        return self.busy_s / self.traced_busy_s if self.traced_busy_s > self.busy_s else 1.0
 
     @property
     def mean_w(self) -> float | None:

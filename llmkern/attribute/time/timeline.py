@@ -87,7 +87,9 @@ def build_timeline(
     call, issued_ns = _issued(kernels, launches)
     instance = containing(issued_ns, phases).astype(np.int32, copy=False)
     token = containing(issued_ns, _until_next(tokens, phases))
-    kernels = kernels.assign(
+    if "correlation_id" in kernels:
+        token = _by_launch(token, call, instance, kernels["correlation_id"].to_numpy(), tokens, phases)
+    kernels = _one_after_another(kernels).assign(
         call=call,
         issued_ns=issued_ns,
         instance=instance,
@@ -122,6 +124,52 @@ def build_timeline(
         gap_ns=_summed(instance, idle, count),
     )
     return Timeline(kernels, phases, gaps, tokens, outside)
+
+
+def _by_launch(
+    token: np.ndarray,
+    call: np.ndarray,
+    instance: np.ndarray,
+    correlation: np.ndarray,
+    tokens: pd.DataFrame,
+    phases: pd.DataFrame,
+) -> np.ndarray:
+    """Return the token step (row of *tokens*) of each kernel: by its launch where each step is one launch of a graph.
+
+    Then the host is ahead of the device by whole tokens, and when a kernel began says nothing where no host call was
+    recorded; but the launches are as many as the steps, and in their order.
+    """
+    if tokens.empty or (call >= 0).any():
+        return token
+    own = containing(tokens["start_ns"].to_numpy(), phases)
+    for number in range(len(phases)):
+        steps, rows = np.flatnonzero(own == number), np.flatnonzero(instance == number)
+        launches, which = np.unique(correlation[rows], return_inverse=True)
+        if 1 < len(steps) == len(launches) < len(rows) and (launches != 0).all():
+            token = token.copy() if token.flags.writeable else np.array(token)
+            token[rows] = steps[which]
+    return token
+
+
+def _one_after_another(kernels: pd.DataFrame) -> pd.DataFrame:
+    """Return *kernels* with those of one stream beginning where the one before them ended.
+
+    A kernel that was launched early (programmatic dependent launch) is there before its predecessor has ended, and
+    waits; what it adds to the time of its stream begins with that end.
+    """
+    if len(kernels) < 2 or "stream" not in kernels:
+        return kernels
+    start, end = kernels["start_ns"].to_numpy(), kernels["end_ns"].to_numpy()
+    stream = kernels["stream"].to_numpy()
+    if (start[1:] >= end[:-1]).all():
+        return kernels
+    first = start.copy()
+    for number in np.unique(stream):
+        rows = np.flatnonzero(stream == number)
+        before = np.maximum.accumulate(end[rows])[:-1]
+        late = rows[1:]
+        first[late] = np.minimum(np.maximum(start[late], before), end[late])
+    return kernels.assign(start_ns=first)
 
 
 def by_start(frame: pd.DataFrame) -> pd.DataFrame:

@@ -5,19 +5,22 @@ Only ranges are kept, as passes *bare* and *recorded*; what the recorder recorde
 
 from __future__ import annotations
 
+import math
 import time
 
 from llmkern.record.rig import Rig
 from llmkern.runfolder.vocabulary import BARE, RECORDED
 
-# Six pairs give an interval, and so do five that take longer than LONG_S; eight decoded tokens are enough for a median.
-PAIRS, LEAST_PAIRS, LONG_S = 6, 5, 8.0
+# Six pairs give an interval, and so do four that take longer than LONG_S; eight decoded tokens are enough for a median.
+PAIRS, LEAST_PAIRS, LONG_S = 6, 4, 8.0
 NEW_TOKENS = 9
+# Of a model that decodes them in less, more are compared: a millisecond of the host's is a third of eight such tokens.
+LEAST_S = 0.3
 
 
 def record_effect(rig: Rig) -> None:
     """Record pairs of generations, in the order bare, recorded, recorded, bare, ..."""
-    note, new_tokens = rig.annotator, min(NEW_TOKENS, rig.options.new_tokens)
+    note, new_tokens = rig.annotator, _enough_tokens(rig)
     with rig.device.recorder() as recorder, rig.stages.stage("Comparing", 2 * PAIRS) as advance:
         begin_s = time.monotonic()
         for pair in range(PAIRS):
@@ -27,7 +30,7 @@ def record_effect(rig: Rig) -> None:
                 if name == RECORDED:
                     recorder.start(host_calls=False)
                 # The first launches after a switch are slower than those that follow.
-                rig.generation(1)
+                rig.generation(min(2, new_tokens))
                 note.drain()
                 with rig.pumped(name) as pump:
                     note.repeat = pair
@@ -37,3 +40,14 @@ def record_effect(rig: Rig) -> None:
                 recorder.stop()
                 recorder.drain()
                 advance()
+
+
+def _enough_tokens(rig: Rig) -> int:
+    """Return how many tokens a generation needs for its decode to be seen: NEW_TOKENS, more of a fast model."""
+    most = rig.options.new_tokens
+    few = min(NEW_TOKENS, most)
+    plan = rig.writer.facts.plan
+    whole_s = plan.generate_s if plan is not None else None
+    if whole_s is None:
+        return few
+    return min(most, max(few, math.ceil(LEAST_S / max(whole_s / most, 1e-6))))
