@@ -1,0 +1,114 @@
+"""Decode by engine, word size and batch: time and joules of a step, of a token, and of the least that it could take.
+
+python -m bench.decode --runs DIR [--only NAME ...]: each case is one weighed run (llmkern.trace --annotate-only) in a
+process of its own; cases that a result file has already are kept unless they are run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench.result import RESULTS, case, metric, slug, write
+from llmkern.attribute.attribution import attribute
+from llmkern.estimate import Estimate
+from llmkern.runfolder import RunFolder
+from llmkern.workload.models import build_config, find_model, shape_of
+
+# What an H100 reads, and what a byte read costs above the idle floor: measured with streams of cold weights.
+READ_BYTES_PER_S, J_PER_BYTE = 3.09e12, 135e-12
+PROMPT_TOKENS = 512
+_ENGINES = {
+    "fused": ("bf16", "int8", "int4"),
+    "graph": ("bf16",),
+    "eager": ("bf16", "int8", "int4"),
+}
+
+
+def cases() -> dict[str, list[str]]:
+    """Return the options of every case by its name; those that the argument rests on come first."""
+    found = {}
+    for model, batches in (("qwen-7b", (1, 8, 16, 64)), ("llama-8b", (1,))):
+        for batch in batches:
+            for engine, precisions in _ENGINES.items():
+                for precision in precisions:
+                    if model == "llama-8b" and engine == "eager":
+                        continue
+                    # The slow ones in fewer tokens.
+                    tokens = 128 if engine != "eager" else 32
+                    found[f"{model} {precision} {engine}, batch {batch}"] = [
+                        *("--model", model, "--precision", precision, "--engine", engine, "--batch", str(batch)),
+                        *("--new-tokens", str(tokens), "--prompt-tokens", str(PROMPT_TOKENS), "--repeats", "5"),
+                    ]
+    return found
+
+
+def main() -> None:
+    every = cases()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders")
+    parser.add_argument("--only", nargs="*", default=list(every), help="cases, by any part of their names")
+    parser.add_argument("--results", type=Path)
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    file = (arguments.results or RESULTS) / f"decode-{slug()}.json"
+    kept = {c["name"]: c for c in json.loads(file.read_text())["cases"]} if file.exists() else {}
+    for name in [n for n in every if any(n == part or (part not in every and part in n) for part in arguments.only)]:
+        kept[name] = measured(name, every[name], arguments.runs)
+        told = {k: round(v["value"], 4) for k, v in kept[name]["metrics"].items()}
+        print(name, told, kept[name]["note"][-200:], flush=True)
+        # Rewritten after every run: a session that ends early keeps what it measured.
+        write("decode", [kept[n] for n in every if n in kept], arguments.results)
+
+
+def measured(name: str, options: list[str], runs: Path) -> dict[str, Any]:
+    """Run one case and return what a decode step and a token cost."""
+    folder = runs / name.replace(",", "").replace(" ", "-")
+    command = [sys.executable, "-m", "llmkern.trace", *options, "--annotate-only", "--quiet", "--force"]
+    done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return case(name, {"options": options}, {}, False, done.stderr.strip()[-500:])
+    run = RunFolder(folder)
+    weighed = attribute(run).weighed
+    if weighed is None or "decode" not in weighed.phases:
+        return case(name, {"options": options}, {}, False, "decode cannot be told from zero")
+    return case(name, {"options": options}, _metrics(run, weighed), True)
+
+
+def _metrics(run: RunFolder, weighed: Any) -> dict[str, Any]:
+    batch, decode = run.facts.options.batch, weighed.phases["decode"]
+    found = {"step": metric(decode.latency_s, "s"), "prefill": metric(weighed.phases["prefill"].latency_s, "s")}
+    read = bytes_of_step(run)
+    found |= {"read": metric(read, "B"), "read_rate": metric(decode.latency_s.map(lambda s: read / s), "B/s")}
+    energy, floor = decode.energy_j, weighed.floor_of("decode")
+    if energy is not None:
+        found |= {"step_energy": metric(energy, "J"), "token_energy": metric(energy.scaled(1 / batch), "J")}
+        prefill = weighed.phases["prefill"].energy_j
+        if prefill is not None:
+            found["prefill_energy"] = metric(prefill, "J")
+    if floor is not None:
+        least_s = read / READ_BYTES_PER_S
+        least: Estimate = floor.map(lambda watts: (read * J_PER_BYTE + watts * least_s) / batch)
+        found |= {"least_step": metric(least_s, "s"), "least_token_energy": metric(least, "J")}
+    return found
+
+
+def bytes_of_step(run: RunFolder) -> float:
+    """Return the bytes that a decode step has to read: all weights but the embedding's, and the context's cache."""
+    facts = run.facts
+    assert facts.model is not None
+    config = build_config(find_model(facts.options.model))
+    shape = shape_of(config, facts.model.name)
+    tied = getattr(config, "tie_word_embeddings", False)
+    embedding = 0 if tied else shape.vocabulary * shape.hidden * (4 if facts.options.precision == "fp32" else 2)
+    context = PROMPT_TOKENS + facts.options.new_tokens / 2
+    per_place = 2 * shape.layers * shape.kv_heads * shape.head_size * 2
+    return float((facts.model.weight_bytes or 0) - embedding + facts.options.batch * context * per_place)
+
+
+if __name__ == "__main__":
+    main()
