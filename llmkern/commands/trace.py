@@ -51,7 +51,7 @@ from llmkern.runfolder.vocabulary import ENGINES, FUSED, PRECISIONS, WEIGHTS
 @click.option(
     "--repeats",
     type=click.IntRange(1, 10**6),
-    help="Weighed generations (10, or 6 of more than 3 s, 5 of more than 4 s); more where a window would be under 2 s.",
+    help="Weighed generations (10, or 6 of more than 3 s); more where a window would be under 2 s.",
 )
 @click.option("--trace-repeats", type=click.IntRange(1, 10**6), help="Traced generations (2, or 1 of more than 4 s).")
 @click.option(

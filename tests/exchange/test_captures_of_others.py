@@ -21,6 +21,7 @@ from llmkern.exchange.exporting import Request, export_run
 from llmkern.exchange.importing import import_capture
 from llmkern.exchange.sound import sound
 from llmkern.explain import Explanation
+from llmkern.explain.compare import compare
 from llmkern.explain.doubts import doubts
 from llmkern.explain.statement import state
 from llmkern.runfolder import RunFolder
@@ -180,6 +181,11 @@ def test_streams_that_overlap_are_told(tmp_path: Path) -> None:
     """TraceLens mi300/resnet_act_checkpoint: 101.6 % of a phase in one kind."""
     attribution = found(tmp_path, "14*/a.json")
     assert "Kernels of 2 streams overlap for 425 µs" in told(attribution)
+    (path,) = CAPTURES.glob("14*/b.json")
+    (difference,) = compare(attribution, attribute(import_capture(path, tmp_path / "other")))
+    bars = difference.bars.set_index(["part", "name"])["change_s"]
+    assert bars["overlap", "overlap of kernels"] == pytest.approx(425e-6)
+    assert bars["residual", "residual"] == 0
 
 
 def test_any_phase_can_be_cut_out(tmp_path: Path) -> None:

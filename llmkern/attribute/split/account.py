@@ -67,7 +67,7 @@ class PhaseAccount:
 
     @property
     def is_traced_longer(self) -> bool:
-        """Whether kernels alone took longer in the traced run than the phase can take, by its interval, when weighed."""
+        """Whether kernels alone took longer in the traced run than the phase, by its interval, can take when weighed."""
         latency = self.weight.latency_s
         return self.traced_busy_s > (latency.value if latency.high is None else latency.high)
 

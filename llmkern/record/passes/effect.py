@@ -14,6 +14,7 @@ from llmkern.runfolder.vocabulary import BARE, RECORDED
 # Six pairs give an interval, and so do four that take longer than LONG_S; eight decoded tokens are enough for a median.
 PAIRS, LEAST_PAIRS, LONG_S = 6, 4, 8.0
 NEW_TOKENS = 9
+SLOW_TOKENS, SLOW_S = 6, 0.1
 # Of a model that decodes them in less, more are compared: a millisecond of the host's is a third of eight such tokens.
 LEAST_S = 0.3
 
@@ -43,11 +44,14 @@ def record_effect(rig: Rig) -> None:
 
 
 def _enough_tokens(rig: Rig) -> int:
-    """Return how many tokens a generation needs for its decode to be seen: NEW_TOKENS, more of a fast model."""
+    """Return how many tokens a generation needs for its decode to be seen: NEW_TOKENS, more of a fast model.
+
+    Of a slow one SLOW_TOKENS are as good.
+    """
     most = rig.options.new_tokens
-    few = min(NEW_TOKENS, most)
     plan = rig.writer.facts.plan
-    whole_s = plan.generate_s if plan is not None else None
-    if whole_s is None:
-        return few
-    return min(most, max(few, math.ceil(LEAST_S / max(whole_s / most, 1e-6))))
+    token_s = plan.generate_s / most if plan is not None and plan.generate_s else None
+    if token_s is None:
+        return min(NEW_TOKENS, most)
+    few = SLOW_TOKENS if token_s > SLOW_S else NEW_TOKENS
+    return min(most, max(few, math.ceil(LEAST_S / max(token_s, 1e-6))))

@@ -22,8 +22,6 @@ SHORT_IDLE_S = 1.0
 ROUNDS = 6
 # By default: more in a window are better, until one is long enough by far.
 REPEATS, LONG_S = 10, 3.0
-# So slow a model is weighed in as few windows as give an interval.
-SLOW_S, SLOW_ROUNDS = 4.0, 5
 # A warm-up loads kernels, tunes and fills caches; none of that needs the full length.
 WARMUP_TOKENS = 8
 
@@ -61,8 +59,7 @@ def warm_up(rig: Rig) -> PlanFacts:
     per_token_s = max(0.0, some_s - prefill_s) / max(1, short - 1)
     rig.annotator.drain()
     generate_s = prefill_s + per_token_s * (rig.options.new_tokens - 1)
-    usual = REPEATS if generate_s <= LONG_S else ROUNDS if generate_s <= SLOW_S else SLOW_ROUNDS
-    repeats = rig.options.repeats or usual
+    repeats = rig.options.repeats or (REPEATS if generate_s <= LONG_S else ROUNDS)
     return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s)
 
 
