@@ -7,7 +7,7 @@ import importlib
 import torch
 
 from llmkern.kernels import registry
-from llmkern.kernels.formats import Bf16Weight, Int4Weight, Int8Weight, Weight, unpacked
+from llmkern.kernels.formats import Bf16Weight, Int4Weight, Weight
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -40,11 +40,6 @@ def linear(
     added = None if residual is None else residual.reshape(-1, weight.n)
     if rows.shape[0] == 0:
         pass
-    elif len(rows) > registry.MOST_TOKENS and isinstance(weight, Int8Weight) and x.dtype == torch.bfloat16:
-        # Codes are exact in bf16, and cuBLAS is better at so many tokens; the scale of a row can wait for the sum.
-        product = torch.nn.functional.linear(rows, unpacked(weight).codes.to(x.dtype))
-        scaled = product * (weight.scales / 127) if bias is None else torch.addcmul(bias, product, weight.scales / 127)
-        y = finished(scaled.to(x.dtype), added, pairs)
     elif choice.backend == "cuda":
         from llmkern.kernels.launch import launch
 

@@ -27,7 +27,7 @@ from llmkern.workload.engine import taken_apart as in_parts
 
 WINDOW_S = 1.0
 # A kernel alone is small, runs back to back, and is needed to a tenth.
-ALONE_S = 0.6
+ALONE_S = 0.5
 # The activations of a layer decide how many bits switch; those of as many layers are kept as fit in this share of the
 # free memory, and of the others the first's.
 KEPT_SHARE = 0.1

@@ -17,13 +17,15 @@ SHORTEST_WINDOW_S = 2.0
 TICK_S = 0.1
 IDLE_WINDOW_S = 2.5
 # The rest after each window, in which the board is as warm as in it.
-SHORT_IDLE_S = 1.0
+SHORT_IDLE_S = 0.8
 # One window per round and phase: six independent windows give an interval that a disturbed one cannot spoil.
 ROUNDS = 6
 # By default: more in a window are better, until one is long enough by far.
 REPEATS, LONG_S = 10, 3.0
 # A warm-up loads kernels, tunes and fills caches; none of that needs the full length.
 WARMUP_TOKENS = 8
+# Of a slow model half of them say as much of how long a token takes.
+SLOW_WARMUP_TOKENS, SLOW_WARMUP_S = 4, 1.0
 
 
 def plan_windows(repeats: int, new_tokens: int, prefill_s: float, generate_s: float) -> PlanFacts:
@@ -52,8 +54,10 @@ def warm_up(rig: Rig) -> PlanFacts:
     """Run the warm-up and return the plan of the windows."""
     short = min(rig.options.new_tokens, WARMUP_TOKENS)
     with rig.stages.stage("Warming up", rig.options.warmup) as advance:
-        for _ in range(rig.options.warmup):
+        for number in range(rig.options.warmup):
             some_s = rig.generation(short)
+            if number == 1 and some_s > SLOW_WARMUP_S:
+                short = min(short, SLOW_WARMUP_TOKENS)
             advance()
         prefill_s = min(rig.generation(1) for _ in range(2))
     per_token_s = max(0.0, some_s - prefill_s) / max(1, short - 1)
