@@ -88,7 +88,7 @@ def test_a_traced_run_longer_than_the_weighed_one_is_said_and_no_share_is_over_t
     """R5: shares of 427 % beside a busy clipped to 100 %."""
     run, _ = synthetic_run(tmp_path / "run")
     kernels = run.table("kernels")
-    kernels["end_ns"] = kernels["start_ns"] + 8 * (kernels["end_ns"] - kernels["start_ns"])
+    kernels["end_ns"] = kernels["start_ns"] + 40 * (kernels["end_ns"] - kernels["start_ns"])
     columns = {c: pa.array(kernels[c].astype(object), from_pandas=True) for c in kernels.columns}
     write_table(run.path, "kernels", columns)
     run = RunFolder(run.path)
