@@ -110,5 +110,21 @@ def bytes_of_step(run: RunFolder) -> float:
     return float((facts.model.weight_bytes or 0) - embedding + facts.options.batch * context * per_place)
 
 
+def table(document: dict[str, Any]) -> list[str]:
+    """Return the lines of docs/measured.md."""
+    rows = ["| case | step, ms | J per token | read rate, TB/s | least, ms and J |", "|---|---|---|---|---|"]
+    for found in document["cases"]:
+        m = found["metrics"]
+        if "token_energy" not in m:
+            continue
+        step, joules = (
+            f"{e['value'] * f:.{p}f} [{e['low'] * f:.{p}f}, {e['high'] * f:.{p}f}]"
+            for e, f, p in ((m["step"], 1e3, 2), (m["token_energy"], 1.0, 2))
+        )
+        least = f"{m['least_step']['value'] * 1e3:.2f} and {m['least_token_energy']['value']:.2f}"
+        rows.append(f"| {found['name']} | {step} | {joules} | {m['read_rate']['value'] / 1e12:.2f} | {least} |")
+    return rows
+
+
 if __name__ == "__main__":
     main()

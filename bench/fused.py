@@ -129,5 +129,22 @@ def _distance(x: torch.Tensor, truth: torch.Tensor) -> float:
     return float((x - truth).norm() / truth.norm())
 
 
+def table(document: dict[str, Any]) -> list[str]:
+    """Return the lines of docs/measured.md."""
+    rows = [
+        "| model | error of logits, fused | as loaded | greedy steps | another token than fp32 | by at most | padded "
+        "and alone part after | by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for found in document["cases"]:
+        m = {name: entry["value"] for name, entry in found["metrics"].items()}
+        rows.append(
+            f"| {found['name']} | {m['error']:.4f} | {m['error_as_loaded']:.4f} | {m['steps']:.0f} | "
+            f"{m['other_token']:.0f} | {m['largest_margin']:.1f} | {m['padded_parts_after']:.0f} tokens | "
+            f"{m['padded_parts_by']:.1f} |"
+        )
+    return rows
+
+
 if __name__ == "__main__":
     main()

@@ -189,5 +189,15 @@ def main() -> None:
     sys.exit(1 if counts[WRONG] else 0)
 
 
+def table(document: dict[str, Any]) -> list[str]:
+    """Return the lines of docs/measured.md."""
+    rows = ["| captures | seed | read | refused in a sentence | wrong |", "|---|---|---|---|---|"]
+    for found in document["cases"]:
+        m = {name: f"{entry['value']:,.0f}" for name, entry in found["metrics"].items()}
+        told = found["parameters"]
+        rows.append(f"| {told['count']:,} | {told['seed']} | {m[READ]} | {m[REFUSED]} | {m[WRONG]} |")
+    return rows
+
+
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import argument, decode, fused, fuzz
 from bench.result import RESULTS
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
@@ -331,6 +332,10 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "coverage": coverage,
     "attribution": attribution,
     "stretch": stretch,
+    "decode": decode.table,
+    "fused": fused.table,
+    "argument": argument.table,
+    "fuzz": fuzz.table,
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from llmkern.kernels import registry
 from llmkern.kernels.build import Build, source, without_spills
+from llmkern.kernels.decode_layer import cuda as decode_layer
 
 nvrtc = pytest.importorskip("cuda.bindings.nvrtc", reason="cuda-bindings and nvidia-cuda-nvrtc compile the kernels")
 GPU = "NVIDIA H100 80GB HBM3"
@@ -30,8 +31,11 @@ def cuobjdump() -> str:
 
 
 def compiled(build: Build, architecture: str) -> bytes:
-    options = [*build.options(), f"--gpu-architecture={architecture}"]
-    _, program = nvrtc.nvrtcCreateProgram(source(build.format).encode(), b"linear.cu", 0, [], [])
+    return compiled_of(source(build.format), [*build.options(), f"--gpu-architecture={architecture}"])
+
+
+def compiled_of(text: str, options: list[str]) -> bytes:
+    _, program = nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], [])
     (error,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     if error != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
@@ -121,3 +125,27 @@ def test_a_build_that_spills_gives_way_to_a_lighter_one_until_none_is_left() -> 
     assert asked == [(2, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
     least = 0
     assert without_spills(build, compile) == (2, 3)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("group", "head"), [(7, 128), (4, 128), (7, 64), (16, 128)])
+def test_the_kernels_of_a_decode_step_compile_without_spills(
+    architecture: str, group: int, head: int, tmp_path: Path
+) -> None:
+    tool = cuobjdump()
+    splits = 8 if architecture == "sm_90" else 1
+    macros = {"T_BF16": 1, "PDL": 1, "HIDDEN": 3584, "HEAD": head, "GROUP": group, "SPLITS": splits}
+    options = [*(f"-D{name}={value}" for name, value in macros.items()), "-std=c++17", "-default-device"]
+    cubin = compiled_of(decode_layer.source(), [*options, f"--gpu-architecture={architecture}"])
+    found = local_bytes(cubin, tmp_path, tool)
+    assert set(found) == {"rms_norm", "attention", "largest", "next_token"}
+    assert not any(found.values())
+
+
+@pytest.mark.parametrize(
+    "build", [Build("bf16", pdl=True, evict_first=True, nt=nt, depth=d) for nt, d in ((1, 4), (2, 2))]
+)
+@pytest.mark.parametrize("change", [{}, {"pairs": True}, {"residual": True}])
+def test_what_comes_after_a_product_costs_no_spill(build: Build, change: dict[str, bool], tmp_path: Path) -> None:
+    cubin = compiled(replace(build, **change), "sm_90")
+    assert not any(local_bytes(cubin, tmp_path, cuobjdump()).values())

@@ -14,7 +14,7 @@ from llmkern.runfolder import RunFolder
 
 
 @pytest.mark.parametrize(
-    ("asked", "slow", "generations", "pairs"), [(None, True, 1, 5), (None, False, 2, 6), (3, True, 3, 5)]
+    ("asked", "slow", "generations", "pairs"), [(None, True, 1, 3), (None, False, 2, 6), (3, True, 3, 3)]
 )
 def test_a_slow_model_runs_less_often_unless_more_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: int | None, slow: bool, generations: int, pairs: int

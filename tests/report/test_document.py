@@ -14,6 +14,7 @@ import pytest
 from llmkern.errors import RecordingError
 from llmkern.explain import Explanation
 from llmkern.explain.compare import compare
+from llmkern.explain.devices import COLUMNS
 from llmkern.explain.statement import state
 from llmkern.explain.tables import run_tables
 from llmkern.report.document import difference_document, report_document, run_facts
@@ -51,6 +52,8 @@ def test_what_the_report_holds_is_documented(document: dict[str, Any]) -> None:
     assert {key for made in document["predictions"] for key in made} == documented("prediction")
     assert set(document["tables"]) == documented("tables of report")
     columns = documented("columns")
+    assert document["tables"].pop("devices") == []
+    assert set(COLUMNS) <= columns
     for name, rows in (*document["tables"].items(), *document["shown"].items()):
         assert rows, name
         assert {key for row in rows for key in row} <= columns, name

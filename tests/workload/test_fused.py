@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from llmkern.errors import UsageError
 from llmkern.workload.fused import FusedModel, check
+from tests.test_cli import llmkern
 
 SIZES = {
     "hidden_size": 64,
@@ -120,3 +123,18 @@ def test_more_tokens_than_places_are_refused() -> None:
     ids, mask = prompts(1, 6, 0)
     with pytest.raises(UsageError, match="exceed the cache of 10"):
         FusedModel(model_of("qwen2"), 10, 1).generate(ids, mask, 5)
+
+
+def test_the_engine_is_recorded_and_reported_whole(tmp_path: Path) -> None:
+    options = ("--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--warmup", "1", "--trace-repeats", "1")
+    where = ("--device", "cpu", "--quick", "--quiet", "-o", tmp_path / "run")
+    done = llmkern("trace", "--model", "qwen-tiny", "--engine", "fused", *options, *where, "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["run"]["options"]["engine"] == "fused"
+    (decode,) = (phase for phase in document["phases"] if phase["phase"] == "decode")
+    # Seven a layer, the last norm, the head and the choice of a token, which is two launches on a GPU.
+    layers = document["run"]["model"]["layers"]
+    assert decode["launches"] == 7 * layers + 3
+    kinds = {row["kind"] for row in document["tables"]["kinds"] if row["phase"] == "decode"}
+    assert kinds == {"gemv", "attention", "norm", "sampling"}

@@ -19,7 +19,7 @@ _WORTH = 0.003
 # What PyTorch's own operators launch, but for what they take from libraries.
 _OWN_KERNELS = "at::native::"
 # So many kernels alone take half a minute.
-_MOST_ALONE = 18
+_MOST_ALONE = 15
 
 
 def plan_replays(kernels: pd.DataFrame, launched: Launched, phases: list[str]) -> list[Wanted]:
@@ -87,7 +87,7 @@ def without(wanted: list[Wanted], cached: Collection[tuple[str, str | None]]) ->
     return [one for one in rest if one.duties or one.alone]
 
 
-def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.985, most: int = 25) -> dict[str, float]:
+def worth_replaying(kernels: pd.DataFrame, phases: list[str], share: float = 0.985, most: int = 22) -> dict[str, float]:
     """Return the signatures that make up *share* of the kernels' time of each phase, the longest *most* of them.
 
     With each comes its largest share of a phase.

@@ -166,9 +166,9 @@ def _one_after_another(kernels: pd.DataFrame) -> pd.DataFrame:
     first = start.copy()
     for number in np.unique(stream):
         rows = np.flatnonzero(stream == number)
-        before = np.maximum.accumulate(end[rows])[:-1]
-        late = rows[1:]
-        first[late] = np.minimum(np.maximum(start[late], before), end[late])
+        before, late = end[rows[:-1]], rows[1:]
+        # What ended before its predecessor did ran beside it (a branch of a graph).
+        first[late] = np.where(before < end[late], np.maximum(start[late], before), start[late])
     return kernels.assign(start_ns=first)
 
 

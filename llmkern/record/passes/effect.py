@@ -11,8 +11,9 @@ import time
 from llmkern.record.rig import Rig
 from llmkern.runfolder.vocabulary import BARE, RECORDED
 
-# Six pairs give an interval, and so do four that take longer than LONG_S; eight decoded tokens are enough for a median.
-PAIRS, LEAST_PAIRS, LONG_S = 6, 4, 8.0
+# Six pairs give an interval, and so do three that take longer than LONG_S; eight decoded tokens are enough for a
+# median.
+PAIRS, LEAST_PAIRS, LONG_S = 6, 3, 8.0
 NEW_TOKENS = 9
 SLOW_TOKENS, SLOW_S = 6, 0.1
 # Of a model that decodes them in less, more are compared: a millisecond of the host's is a third of eight such tokens.
