@@ -47,13 +47,13 @@ def page(statement: Statement, data: PageData) -> str:
     """Return the page of a run as HTML that needs no other file and no network."""
     facts = statement.facts
     uncertain = list(statement.doubts)
-    options, model, prompts = facts.options, facts.model, facts.prompts
+    options, prompts = facts.options, facts.prompts
     source = resources.files("llmkern.report") / "page"
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         (source / "page.html.j2").read_text()
     )
     return template.render(
-        title=f"{model.name if model is not None else options.model} {options.precision}, batch {options.batch}: "
+        title=f"{_called(facts)}, batch {options.batch}: "
         f"{prompts.tokens if prompts is not None else '?'} prompt tokens, {options.new_tokens} new",
         device=facts.device.name,
         incomplete="" if statement.complete else uncertain.pop(0),
@@ -96,12 +96,20 @@ _TITLES = {
 }
 
 
+def _called(facts: RunFacts) -> str:
+    """Return what was run: model, precision, and the engine where it is not the usual one."""
+    options = facts.options
+    name = facts.model.name if facts.model is not None else options.model
+    engine = f", {options.engine} engine" if options.engine != "eager" else ""
+    return f"{name} {options.precision}{engine}"
+
+
 def _against(data: PageData) -> str:
     """Return in one sentence by how much this run's main phase differs from the baseline's, and where."""
     if data.baseline is None or not data.compared:
         return ""
     facts, first = data.baseline, data.compared[0]
-    name = f"{facts.model.name if facts.model is not None else facts.options.model} {facts.options.precision}"
+    name = _called(facts)
     if first.before_j is None or first.after_j is None:
         return f"Per {first.per} {first.ratio_s:.2f} times the time of {name} in {first.phase}."
     parts = [

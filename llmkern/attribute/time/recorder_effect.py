@@ -12,6 +12,8 @@ from llmkern.runfolder.vocabulary import BARE, DECODE, PHASE, PREFILL, RECORDED,
 # The first tokens after a switch are slower than those that follow.
 SETTLING_TOKENS = 2
 LEAST_PAIRS = 3
+# Tokens that were issued within less than this share of a decode were not waited for one by one.
+AHEAD = 0.5
 
 
 def recorder_effects(run: RunFolder) -> dict[str, Estimate]:
@@ -36,7 +38,10 @@ def recorder_effects(run: RunFolder) -> dict[str, Estimate]:
 
 
 def _lengths(ranges: pd.DataFrame) -> dict[str, dict[int, float]]:
-    """Return per phase and pair the ns of a prefill, and the median ns from one decoded token to the next."""
+    """Return per phase and pair the ns of a prefill, and the median ns from one decoded token to the next.
+
+    Where the host is ahead of the device by more than a token, the mean ns of a decoded token.
+    """
     found: dict[str, dict[int, float]] = {PREFILL: {}, DECODE: {}}
     numbered = ranges[ranges["repeat"].notna()]
     for pair in sorted(set(numbered["repeat"].astype(int))):
@@ -47,6 +52,12 @@ def _lengths(ranges: pd.DataFrame) -> dict[str, dict[int, float]]:
             if length_ns > 0:
                 found[PREFILL][pair] = float(length_ns)
         tokens = rows[(rows["category"] == TOKEN) & (rows["token"] > SETTLING_TOKENS)].sort_values("token")
+        decode = rows[(rows["category"] == PHASE) & (rows["phase"] == DECODE)]
+        whole_ns = int((decode["end_ns"] - decode["start_ns"]).sum()) if len(decode) == 1 else 0
+        if len(tokens) > 1 and int(tokens["start_ns"].iloc[-1] - tokens["start_ns"].iloc[0]) < AHEAD * whole_ns:
+            # The host issued its tokens long before the device computed them: only the whole says how long they took.
+            found[DECODE][pair] = whole_ns / (len(tokens) + SETTLING_TOKENS)
+            continue
         steps_ns = np.diff(tokens["start_ns"].to_numpy())
         if len(steps_ns) and np.median(steps_ns) > 0:
             found[DECODE][pair] = float(np.median(steps_ns))

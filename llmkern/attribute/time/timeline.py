@@ -164,7 +164,8 @@ def _one_after_another(kernels: pd.DataFrame) -> pd.DataFrame:
     if (start[1:] >= end[:-1]).all():
         return kernels
     first = start.copy()
-    for number in np.unique(stream):
+    # Stream 0 is what another tool did not tell: records of several may be there.
+    for number in np.unique(stream[stream != 0]):
         rows = np.flatnonzero(stream == number)
         before, late = end[rows[:-1]], rows[1:]
         # What ended before its predecessor did ran beside it (a branch of a graph).

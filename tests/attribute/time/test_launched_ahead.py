@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from llmkern.attribute.time.recorder_effect import _lengths
 from llmkern.attribute.time.timeline import build_timeline
 
 US = 1_000
@@ -61,3 +62,16 @@ def test_a_branch_that_ended_first_keeps_its_time() -> None:
     inside = kernels.assign(start_ns=[1_000_000, 1_010_000], end_ns=[1_100_000, 1_030_000])
     timeline = build_timeline(inside, launches, ranges, 0)
     assert (timeline.kernels["end_ns"] - timeline.kernels["start_ns"]).tolist() == [100_000, 20_000]
+
+
+def test_what_the_recorder_changes_is_seen_although_the_host_is_ahead() -> None:
+    def generation(begin_us: int, decode_us: int) -> pd.DataFrame:
+        rows = [(begin_us, begin_us + 100, "phase", "prefill", None)]
+        rows += [(begin_us + 100, begin_us + 100 + decode_us, "phase", "decode", None)]
+        # Issued within 5 µs each, whatever the device takes for them.
+        rows += [(begin_us + 100 + 5 * t, begin_us + 105 + 5 * t, "token", "decode", t) for t in range(1, 21)]
+        frame = pd.DataFrame(rows, columns=["start_ns", "end_ns", "category", "phase", "token"])
+        return frame.assign(start_ns=frame["start_ns"] * US, end_ns=frame["end_ns"] * US, repeat=0)
+
+    bare, recorded = (_lengths(generation(0, us))["decode"][0] for us in (10_000, 10_100))
+    assert recorded / bare == 1.01
