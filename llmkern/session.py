@@ -43,9 +43,17 @@ from llmkern.runfolder.place import check_output, check_run_target
 from llmkern.runfolder.schema import TABLES
 from llmkern.workload.engine import use_graph
 from llmkern.workload.fused import FusedModel
+from llmkern.workload.fused import check as check_fused
 from llmkern.workload.load import LoadedModel, Source, choose_source, load_model, load_tokenizer
 from llmkern.workload.models import ModelSpec, Shape, build_config, find_model, shape_of
-from llmkern.workload.precision import Workload, check_memory, check_precision, have_bitsandbytes, required_bytes
+from llmkern.workload.precision import (
+    DTYPES,
+    Workload,
+    check_memory,
+    check_precision,
+    have_bitsandbytes,
+    required_bytes,
+)
 from llmkern.workload.prompts import PromptSet, builtin_prompts, encode_prompts, parse_prompts
 from llmkern.workload.weights import RandomWeights
 
@@ -139,6 +147,9 @@ def prepare(options: TraceOptions) -> Job:
     tokens = int(prompts.input_ids.shape[1])
     _check_positions(tokens, options.new_tokens, shape)
     work = Workload(options.precision, options.batch, tokens, options.new_tokens, options.double_quant)
+    if options.engine == "fused":
+        dtype = DTYPES.get(options.precision, torch.bfloat16)
+        check_fused(config, tokens + options.new_tokens, options.batch, device.torch_device, dtype)
     needed = required_bytes(config, work)
     free, total = device.free_bytes()
     check_memory(needed, free, total, device.facts().name)

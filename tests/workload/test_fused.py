@@ -138,3 +138,14 @@ def test_the_engine_is_recorded_and_reported_whole(tmp_path: Path) -> None:
     assert decode["launches"] == 7 * layers + 3
     kinds = {row["kind"] for row in document["tables"]["kinds"] if row["phase"] == "decode"}
     assert kinds == {"gemv", "attention", "norm", "sampling"}
+
+
+def test_a_model_that_it_does_not_know_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 64}
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    options = ("--device", "cpu", "--weights", "random", "--prompt-tokens", "8", "--new-tokens", "4", "--quiet")
+    done = llmkern("trace", "--model", tmp_path / "gpt2", "--engine", "fused", *options, "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "--engine fused knows llama, mistral, qwen2, this is a gpt2" in done.stderr
+    assert not (tmp_path / "run").exists()
