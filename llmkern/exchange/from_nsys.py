@@ -83,6 +83,7 @@ class _Export:
                 f"{self._path} holds no kernel, copy or graph launch of a GPU: capture with 'nsys profile --trace "
                 "cuda,nvtx' and export again."
             )
+        kernels = kernels.assign(device=self._numbered(kernels))
         drivers = self._drivers(kernels)
         process = _process(kernels["globalPid"])
         kernels = kernels[process == kernels["device"].map(drivers)].sort_values("start_ns", kind="stable")
@@ -121,6 +122,14 @@ class _Export:
             missing=self.missing,
             told=self.told,
         )
+
+    def _numbered(self, kernels: pd.DataFrame) -> pd.Series:
+        """Return the GPU of each of *kernels*: a process counts those that it sees, each its first as 0."""
+        rows = self._read("TARGET_INFO_CUDA_DEVICE", ["gpuId", "cudaId", "pid"]).dropna()
+        known = {(int(pid), int(cuda)): int(gpu) for gpu, cuda, pid in rows.itertuples(index=False, name=None)}
+        codes, seen = pd.factorize(pd.MultiIndex.from_arrays([_process(kernels["globalPid"]), kernels["device"]]))
+        numbers = np.array([known.get((int(p), int(d)), int(d)) for p, d in seen], np.int64)
+        return pd.Series(numbers[codes] if len(codes) else numbers, index=kernels.index)
 
     @staticmethod
     def _drivers(kernels: pd.DataFrame) -> dict[int, int]:

@@ -155,3 +155,32 @@ def test_one_device_has_no_table_of_devices(tmp_path: Path) -> None:
     assert run.facts.imported is not None
     assert run.facts.imported.devices == ()
     assert devices_table(attribute(RunFolder(run.path))).empty
+
+
+def test_a_gpu_is_what_the_machine_calls_it_not_the_process(tmp_path: Path) -> None:
+    """CUDA_VISIBLE_DEVICES: every process sees its own GPU as device 0; the export says which it is."""
+    single = import_capture(written(tmp_path / "one.json", events(11, 0, 5, 1_000)), tmp_path / "single")
+    export = export_run(single.path, "nsys", tmp_path / "two.sqlite")
+    with closing(sqlite3.connect(export)) as connection:
+        (pid,) = connection.execute("SELECT pid FROM TARGET_INFO_CUDA_DEVICE").fetchone()
+        connection.execute("UPDATE TARGET_INFO_CUDA_DEVICE SET gpuId = 5")
+        connection.execute(f"INSERT INTO TARGET_INFO_CUDA_DEVICE (gpuId, cudaId, pid) VALUES (2, 0, {pid + 1})")
+        columns = [row[1] for row in connection.execute("PRAGMA table_info(TARGET_INFO_GPU)")]
+        for number, name in ((5, "GPU five"), (2, "GPU two")):
+            own = {"id": str(number), "name": f"'{name}'"}
+            chosen = ", ".join(own.get(column, f'"{column}"') for column in columns)
+            connection.execute(f"INSERT INTO TARGET_INFO_GPU SELECT {chosen} FROM TARGET_INFO_GPU WHERE id = 0")
+        for table, column in (
+            ("CUPTI_ACTIVITY_KIND_KERNEL", "globalPid"),
+            ("CUPTI_ACTIVITY_KIND_RUNTIME", "globalTid"),
+        ):
+            columns = [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]
+            chosen = ", ".join({column: f"{column} + (1 << 24)"}.get(name, f'"{name}"') for name in columns)
+            connection.execute(f"INSERT INTO {table} SELECT {chosen} FROM {table}")
+        connection.commit()
+    run = import_capture(export, tmp_path / "run")
+    assert run.facts.imported is not None
+    found = {one.facts.index: one.facts.name for one in run.facts.imported.devices}
+    assert found == {5: "GPU five", 2: "GPU two"}
+    table = devices_table(attribute(run))
+    assert table.groupby("gpu")["launches"].sum().to_dict() == {2: 5, 5: 5}
