@@ -1,4 +1,5 @@
-// What all kernels share: types, the element type T_BF16 (0: fp16), programmatic dependent launch (PDL).
+// What all kernels share: types, the element type T_BF16 (0: fp16), programmatic dependent launch (PDL), what SPLITS
+// blocks of a cluster tell each other.
 
 typedef unsigned char u8;
 typedef signed char s8;
@@ -40,6 +41,45 @@ INLINE u16 from_float(float f) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(f));
 #endif
   return bits;
+}
+
+struct Words {
+  u32 v[4];
+};
+
+// Not ld.global.nc: with PDL the preceding kernel may still be writing x while this one runs.
+INLINE Words load_x(const u16* p) {
+  Words w;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
+               : "l"(p)
+               : "memory");
+  return w;
+}
+
+INLINE u32 shared_address(const void* p) {
+  return u32(__cvta_generic_to_shared(p));
+}
+
+INLINE float of_block(const float* p, int rank) {
+  float f;
+#if SPLITS > 1
+  u32 there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there));
+#else
+  f = *p;
+#endif
+  return f;
+}
+
+// All of a cluster, or of the block where it is alone.
+INLINE void sync_cluster() {
+#if SPLITS > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
 }
 
 }  // namespace

@@ -119,7 +119,7 @@ INLINE void multiply_groups(float (&acc)[NT][4], const Piece& piece, int group, 
 }
 
 INLINE float scale_of_row(const Weights&, int) {
-  return 1.0f;
+  return kOfRow;
 }
 
 }  // namespace

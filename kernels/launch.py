@@ -22,7 +22,7 @@ def launch(
     """Fill y [M, N] from x [M, K] with the kernel of *build*; *weights* holds device pointers, bias is [N] or None.
 
     *residual* [M, N] is added. With pairs y is [M, N / 2]. Nothing is synchronized. Raises RuntimeError with the
-    driver's reason where a launch is refused, ValueError for pairs of a shape that has none.
+    driver's reason where a launch is refused.
     """
     (m, k), n = x.shape, y.shape[1] * (2 if build.pairs else 1)
     stream = torch.cuda.current_stream(x.device).cuda_stream

@@ -35,10 +35,6 @@ constexpr int kThreads = 32 * WN * WK;
 // From one chunk of a warp to its next, in chunks.
 constexpr int kStride = SPLITS * WK;
 
-struct Words {
-  u32 v[4];
-};
-
 // Weights are read once: they must push out neither x from L1 nor what the next kernel needs from L2.
 INLINE Words load_streamed(const void* p) {
   Words w;
@@ -53,16 +49,6 @@ INLINE Words load_streamed(const void* p) {
                : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
                : "l"(p));
 #endif
-  return w;
-}
-
-// Not ld.global.nc: with PDL the preceding kernel may still be writing x while this one runs.
-INLINE Words load_x(const u16* p) {
-  Words w;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
-               : "l"(p)
-               : "memory");
   return w;
 }
 
@@ -88,10 +74,6 @@ INLINE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #endif
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-INLINE u32 shared_address(const void* p) {
-  return u32(__cvta_generic_to_shared(p));
 }
 
 }  // namespace
@@ -147,29 +129,11 @@ struct Direct {
   }
 };
 
-INLINE float of_block(const float* p, int rank) {
-  float f;
-#if SPLITS > 1
-  u32 there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(there));
-#else
-  f = *p;
-#endif
-  return f;
-}
-
 // Of 16 rows so many make results of their own, the others belong to them.
 constexpr int kShare = PAIRS ? 8 : 16;
 
 INLINE int row_of(int i) {
   return i / kShare * 16 + i % kShare;
-}
-
-INLINE void sync_cluster() {
-#if SPLITS > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
 }
 
 // One result: *sum* of row n, of a pair with *other* of row n + 8.

@@ -6,6 +6,8 @@ capture them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from llmkern.kernels.decode_layer import cuda, reference
@@ -131,17 +133,8 @@ def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor
     return reference.rms_norm(x, weight, eps)
 
 
-def _decode_attention(
-    qkv: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    position: torch.Tensor,
-    start: torch.Tensor,
-    turn: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    version = cuda if _on_gpu(qkv) else reference
-    return version.attention(qkv, keys, values, position, start, turn, scaling)
+def _decode_attention(qkv: torch.Tensor, *context: Any) -> torch.Tensor:
+    return (cuda if _on_gpu(qkv) else reference).attention(qkv, *context)
 
 
 def _next_token(

@@ -13,20 +13,6 @@ constexpr int kWarps = kThreads / 32;
 // Below every score.
 #define kNothing __uint_as_float(0xff800000u)
 
-struct Words {
-  u32 v[4];
-};
-
-// Written by kernels before: not to be read through the cache that assumes nobody writes.
-INLINE Words load(const u16* p) {
-  Words w;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3])
-               : "l"(p)
-               : "memory");
-  return w;
-}
-
 INLINE float low(u32 pair) {
   return to_float(u16(pair & 0xffffu));
 }
@@ -62,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int chunk = threadIdx.x + i * kThreads;
-    if (chunk < kChunks) w[i] = load(weight + 8 * chunk);
+    if (chunk < kChunks) w[i] = load_x(weight + 8 * chunk);
   }
   wait_for_predecessor();
   let_successor_start();
@@ -71,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
   for (int i = 0; i < kEach; ++i) {
     const int chunk = threadIdx.x + i * kThreads;
     if (chunk >= kChunks) continue;
-    v[i] = load(x + u64(blockIdx.x) * HIDDEN + 8 * chunk);
+    v[i] = load_x(x + u64(blockIdx.x) * HIDDEN + 8 * chunk);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float a = low(v[i].v[j]), b = high(v[i].v[j]);
@@ -119,26 +105,6 @@ struct Shared {
   u16 key[HEAD], value[HEAD];
 };
 
-INLINE float there(const float* p, int rank) {
-#if SPLITS > 1
-  u32 address;
-  float f;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(u32(__cvta_generic_to_shared(p))), "r"(rank));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(f) : "r"(address));
-  return f;
-#else
-  return *p;
-#endif
-}
-
-INLINE void sync_cluster() {
-#if SPLITS > 1
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-
 // Elements i and i + HEAD / 2 of a head, turned by the angle of its place. x lies in global memory.
 INLINE void turned(const u16* x, int i, float cosine, float sine, float& first, float& second) {
   const float a = to_float(x[i]), b = to_float(x[i + HEAD / 2]);
@@ -177,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
       const int at = tile + group + kGroups * e;
       if (at < min(end, place)) {
 #pragma unroll
-        for (int c = 0; c < kPieces; ++c) k[e][c] = load(keys + u64(at) * HEAD + 64 * c + 8 * part);
+        for (int c = 0; c < kPieces; ++c) k[e][c] = load_x(keys + u64(at) * HEAD + 64 * c + 8 * part);
       }
     }
 #pragma unroll
@@ -306,12 +272,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     const int g = o / HEAD, i = o % HEAD;
     float most = kNothing, sum = 0, total = 0;
 #pragma unroll
-    for (int r = 0; r < SPLITS; ++r) most = fmaxf(most, there(&own.most[g], r));
+    for (int r = 0; r < SPLITS; ++r) most = fmaxf(most, of_block(&own.most[g], r));
 #pragma unroll
     for (int r = 0; r < SPLITS; ++r) {
-      const float weight = exp2f(there(&own.most[g], r) - most);
-      sum += weight * there(&own.out[g][i], r);
-      total += weight * there(&own.total[g], r);
+      const float weight = exp2f(of_block(&own.most[g], r) - most);
+      sum += weight * of_block(&own.out[g][i], r);
+      total += weight * of_block(&own.total[g], r);
     }
     y[(u64(b) * heads * GROUP + head * GROUP + g) * HEAD + i] = from_float(sum / total);
   }
@@ -356,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
     if (place < T) tokens[u64(b) * T + place] = token;
   }
   for (int chunk = threadIdx.x; chunk < HIDDEN / 8; chunk += kThreads) {
-    const Words w = load(embedding + u64(token) * HIDDEN + 8 * chunk);
+    const Words w = load_x(embedding + u64(token) * HIDDEN + 8 * chunk);
     *reinterpret_cast<uint4*>(hidden + u64(b) * HIDDEN + 8 * chunk) = make_uint4(w.v[0], w.v[1], w.v[2], w.v[3]);
   }
 }

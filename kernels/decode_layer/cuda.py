@@ -37,7 +37,7 @@ def attention(
     """Return the attention of one new token (see the reference); heads of 64 or 128, at most 16 queries a key."""
     batch, heads, length, size = keys.shape
     group = qkv.shape[1] // (heads * size) - 2
-    splits = splits_for(batch * heads, length)
+    splits = splits_for(batch * heads, length) if _is_hopper(qkv.device) else 1
     y = torch.empty((batch, group * heads * size), dtype=qkv.dtype, device=qkv.device)
     macros = _macros(qkv, head=size, group=group, splits=splits)
     kernel = _kernel("attention", macros, qkv.device.index, shared_bytes(group, size))
@@ -78,6 +78,11 @@ def shared_bytes(group: int, size: int) -> int:
     return 4 * floats + 2 * 2 * size
 
 
+def _is_hopper(device: torch.device) -> bool:
+    """Whether *device* has clusters and programmatic dependent launch."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _macros(x: torch.Tensor, hidden: int = 8, head: int = 128, group: int = 1, splits: int = 1) -> tuple[str, ...]:
     values = {"T_BF16": int(x.dtype == torch.bfloat16), "PDL": 1, "HIDDEN": hidden, "HEAD": head}
     values |= {"GROUP": group, "SPLITS": splits}
@@ -112,7 +117,7 @@ def _launch(
 ) -> None:
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     stream = torch.cuda.current_stream(device).cuda_stream
-    config = configured(grid, _THREADS // 32, cluster, True, shared, stream)
+    config = configured(grid, _THREADS // 32, cluster, _is_hopper(device), shared, stream)
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
     pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     (error,) = driver().cuLaunchKernelEx(config, kernel[1], ctypes.addressof(pointers), 0)

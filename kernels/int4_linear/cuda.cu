@@ -44,6 +44,8 @@ struct ScaleCursor {
 #endif
 };
 
+constexpr float kOfRow = 1.0f;
+
 }  // namespace
 
 #include "four_bits.cuh"

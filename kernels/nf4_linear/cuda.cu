@@ -66,6 +66,10 @@ struct ScaleCursor {
 #endif
 };
 
+// NF4's values times this round to bf16 with 0.6 times the error (root mean square 0.063 % instead of 0.106 %); what it
+// is too much, a row's sum loses in the end.
+constexpr float kUp = 1.437f, kOfRow = 1.0f / kUp;
+
 }  // namespace
 
 #include "four_bits.cuh"
@@ -73,8 +77,6 @@ struct ScaleCursor {
 namespace {
 
 constexpr int kNested = 256 * 32;
-// NF4's values times this round to bf16 with 0.6 times the error (root mean square 0.063 % instead of 0.106 %).
-constexpr float kUp = 1.437f;
 
 INLINE void prepare(const Weights& w, u32* table) {
   for (int byte = threadIdx.x; byte < 256; byte += kThreads) {
@@ -111,9 +113,9 @@ struct Value {
 
   INLINE float operator()(const Scale& scale) const {
 #if NESTED
-    return fmaf(__uint_as_float(table[kNested + scale.byte]), scale.absmax, __ldg(weights.offset)) / kUp;
+    return fmaf(__uint_as_float(table[kNested + scale.byte]), scale.absmax, __ldg(weights.offset));
 #else
-    return scale / kUp;
+    return scale;
 #endif
   }
 };
@@ -128,9 +130,9 @@ INLINE float at(const Weights& w, int n, int k, int K) {
   const int nibble = (w.codes[flat / 2] >> (4 * (1 - int(flat & 1)))) & 15;
   const Scale scale = scale_at(w, flat >> SHIFT);
 #if NESTED
-  return __ldg(w.code + nibble) * fmaf(__ldg(w.table + scale.byte), scale.absmax, __ldg(w.offset));
+  return kUp * __ldg(w.code + nibble) * fmaf(__ldg(w.table + scale.byte), scale.absmax, __ldg(w.offset));
 #else
-  return __ldg(w.code + nibble) * scale;
+  return kUp * __ldg(w.code + nibble) * scale;
 #endif
 }
 

@@ -17,6 +17,10 @@ def devices_table(attribution: Attribution) -> pd.DataFrame:
     ``communication_s`` is the time in kernels of collectives, waiting for other ranks in them included; ``latency_s``
     is from the first to the last kernel of the phase, in gaps or not. Empty where the run is of one device.
     """
+    return attribution.once(("devices",), lambda: _table(attribution))
+
+
+def _table(attribution: Attribution) -> pd.DataFrame:
     imported = attribution.run.facts.imported
     rows = []
     for one in imported.devices if imported is not None else ():

@@ -36,8 +36,28 @@ class Annotated:
 
     model: Any
     annotator: Annotator
+    synchronize: Callable[[], None]
     _step: int
     _token: int | None
+
+    def _under_ranges(self, new_tokens: int, generate: Callable[[], Any]) -> float:
+        """Call *generate*, which begins with its prefill, and return the seconds until the device was done.
+
+        What is cut off leaves no range open.
+        """
+        note, depth = self.annotator, self.annotator.depth
+        try:
+            note.push(f"generate({new_tokens})", "generate")
+            note.push("prefill", "phase", phase="prefill")
+            with torch.inference_mode():
+                generate()
+            self.synchronize()
+            note.pop()
+            end_ns = note.pop()
+            return (end_ns - note.last_start_ns) / 1e9
+        except BaseException:
+            note.abandon(depth)
+            raise
 
     def where(self) -> tuple[str, int | None]:
         """Return the phase and token step now; what runs between two forwards belongs to the token before."""
@@ -126,23 +146,14 @@ class Generation(Annotated):
             # With a cache of fixed size generate would compile the model, which is another one then.
             disable_compile=True,
         )
-        depth = note.depth
         hooks = [
             self.model.register_forward_pre_hook(self._before_forward),
             self.model.register_forward_hook(self._after_forward),
         ]
         try:
-            note.push(f"generate({new_tokens})", "generate")
-            note.push("prefill", "phase", phase="prefill")
-            with torch.inference_mode():
-                self.model.generate(**self.inputs, **kept, generation_config=config)
-            self.synchronize()
-            note.pop()
-            end_ns = note.pop()
-            return (end_ns - note.last_start_ns) / 1e9
-        except BaseException:
-            note.abandon(depth)
-            raise
+            return self._under_ranges(
+                new_tokens, lambda: self.model.generate(**self.inputs, **kept, generation_config=config)
+            )
         finally:
             for hook in hooks:
                 hook.remove()
@@ -176,33 +187,20 @@ class FusedGeneration(Annotated):
 
     def __call__(self, new_tokens: int) -> float:
         """Generate *new_tokens* tokens per sequence and return the seconds until the device was done."""
-        note, depth = self.annotator, self.annotator.depth
-        note.new_tokens = new_tokens
+        self.annotator.new_tokens = new_tokens
         self._step, self._token = 0, None
         self.synchronize()
-        try:
-            note.push(f"generate({new_tokens})", "generate")
-            note.push("prefill", "phase", phase="prefill")
-            with torch.inference_mode():
-                self._next(
-                    "prefill", lambda: self.model.prefill(self.inputs["input_ids"], self.inputs["attention_mask"])
-                )
-                self.synchronize()
-                if new_tokens > 1:
-                    note.pop()
-                    note.push("decode", "phase", phase="decode")
-                for _ in range(1, new_tokens):
-                    self._next("decode", self.model.step)
-            self.synchronize()
-            note.pop()
-            end_ns = note.pop()
-            return (end_ns - note.last_start_ns) / 1e9
-        except BaseException:
-            note.abandon(depth)
-            raise
+        return self._under_ranges(new_tokens, lambda: self._generate(new_tokens))
 
-    def _prefill(self) -> None:
-        self.model.prefill(self.inputs["input_ids"], self.inputs["attention_mask"])
+    def _generate(self, new_tokens: int) -> None:
+        note, given = self.annotator, (self.inputs["input_ids"], self.inputs["attention_mask"])
+        self._next("prefill", lambda: self.model.prefill(*given))
+        self.synchronize()
+        if new_tokens > 1:
+            note.pop()
+            note.push("decode", "phase", phase="decode")
+        for _ in range(1, new_tokens):
+            self._next("decode", self.model.step)
 
     def _next(self, phase: str, compute: Callable[[], None]) -> None:
         self._token = self._step

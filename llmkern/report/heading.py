@@ -8,6 +8,14 @@ from llmkern.runfolder.facts import RunFacts
 from llmkern.text import quantity
 
 
+def called(facts: RunFacts) -> str:
+    """Return what was run: model, precision, and the engine where it is not the usual one."""
+    options = facts.options
+    name = facts.model.name if facts.model is not None else options.model
+    engine = f", {options.engine} engine" if options.engine != "eager" else ""
+    return f"{name} {options.precision}{engine}"
+
+
 def heading(facts: RunFacts) -> list[Text]:
     """Return the workload, and the device with the libraries, of a run's *facts*."""
     options, model, device, prompts = facts.options, facts.model, facts.device, facts.prompts
@@ -18,7 +26,6 @@ def heading(facts: RunFacts) -> list[Text]:
         of = f", with the energy of {facts.energy_of}" if facts.energy_of else ""
         first = Text(f"{source.file}: {source.format}{schema}{of}", style="bold")
         return [first, Text(f"{device.name}{driver}; {facts.started}", style="dim")]
-    engine = f", {options.engine} engine" if options.engine != "eager" else ""
     libraries = (
         f"{name} {facts.versions[name]}"
         for name in ("torch", "transformers", "bitsandbytes")
@@ -27,11 +34,10 @@ def heading(facts: RunFacts) -> list[Text]:
     weights = (
         f"{model.weights} weights, {quantity(model.weight_bytes, 'B')}" if model is not None else "weights not loaded"
     )
-    name = model.name if model is not None else options.model
     tokens = prompts.tokens if prompts is not None else "?"
     return [
         Text(
-            f"{name} {options.precision}{engine}: batch {options.batch}, {tokens} prompt tokens, {options.new_tokens} "
+            f"{called(facts)}: batch {options.batch}, {tokens} prompt tokens, {options.new_tokens} "
             f"new tokens, {weights}",
             style="bold",
         ),

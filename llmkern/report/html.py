@@ -22,6 +22,7 @@ from llmkern.explain.page_data import PageData
 from llmkern.explain.statement import PhaseStatement, Statement, Told
 from llmkern.report import charts
 from llmkern.report.difference import signed
+from llmkern.report.heading import called
 from llmkern.report.why import price
 from llmkern.runfolder.facts import RunFacts
 from llmkern.runfolder.place import begins_with, placed
@@ -53,7 +54,7 @@ def page(statement: Statement, data: PageData) -> str:
         (source / "page.html.j2").read_text()
     )
     return template.render(
-        title=f"{_called(facts)}, batch {options.batch}: "
+        title=f"{called(facts)}, batch {options.batch}: "
         f"{prompts.tokens if prompts is not None else '?'} prompt tokens, {options.new_tokens} new",
         device=facts.device.name,
         incomplete="" if statement.complete else uncertain.pop(0),
@@ -96,20 +97,12 @@ _TITLES = {
 }
 
 
-def _called(facts: RunFacts) -> str:
-    """Return what was run: model, precision, and the engine where it is not the usual one."""
-    options = facts.options
-    name = facts.model.name if facts.model is not None else options.model
-    engine = f", {options.engine} engine" if options.engine != "eager" else ""
-    return f"{name} {options.precision}{engine}"
-
-
 def _against(data: PageData) -> str:
     """Return in one sentence by how much this run's main phase differs from the baseline's, and where."""
     if data.baseline is None or not data.compared:
         return ""
     facts, first = data.baseline, data.compared[0]
-    name = _called(facts)
+    name = called(facts)
     if first.before_j is None or first.after_j is None:
         return f"Per {first.per} {first.ratio_s:.2f} times the time of {name} in {first.phase}."
     parts = [

@@ -97,8 +97,8 @@ def taken_apart(model: Any) -> AbstractContextManager[None]:
     """Let *model* run its decode steps operator by operator for the time, if they come from a graph."""
     if isinstance(model.forward, CapturedDecode):
         return model.forward.taken_apart()
-    own: AbstractContextManager[None] | None = model.taken_apart() if hasattr(model, "taken_apart") else None
-    return own or nullcontext()
+    own: AbstractContextManager[None] = model.taken_apart() if hasattr(model, "taken_apart") else nullcontext()
+    return own
 
 
 def _tensors(value: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], torch.Tensor]:

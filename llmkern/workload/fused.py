@@ -23,8 +23,6 @@ from llmkern.workload.engine import capture_cuda
 # What they have in common: RMSNorm before both halves, rotary positions, grouped queries, SiLU gates.
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 MOST_BATCH, MOST_GROUP, HEAD_SIZES = 64, 16, (64, 128)
-
-
 # Which places [B, 1, T, T] each place of a prompt sees, None for all before it.
 Seen = torch.Tensor | None
 
@@ -163,10 +161,7 @@ class FusedModel(nn.Module):
 
     def forward(self) -> None:
         """Compute one token of each sequence, launch by launch."""
-        hidden = self.hidden
-        for layer in self.model.layers:
-            hidden = layer(hidden, self.position, self.start)
-        self._choose(self.lm_head(self.model.norm(hidden)))
+        self._choose(self.logits())
 
     def logits(self) -> torch.Tensor:
         """Return the logits [B, V] of the next token without going on to it."""
