@@ -81,11 +81,11 @@ class Estimate:
             return Estimate.of(min(self.value, whole.value), self.draws, self.samples)
         return self.with_(whole, np.minimum)
 
-    def of_another_run(self) -> Estimate:
-        """Return the estimate with its draws in another order, for what shares no error with it."""
+    def of_another_run(self, number: int = 1) -> Estimate:
+        """Return the estimate with its draws in another order (which: *number*), for what shares no error with it."""
         if self.draws is None:
             return self
-        shuffled = np.random.default_rng(2).permutation(self.draws)
+        shuffled = np.random.default_rng(1 + number).permutation(self.draws)
         return Estimate(self.value, self.low, self.high, self.samples, shuffled)
 
 

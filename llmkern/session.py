@@ -106,6 +106,7 @@ class Job:
                 tokens=int(self.prompts.input_ids.shape[1]),
                 effective_tokens=tuple(int(n) for n in self.prompts.effective_tokens),
                 computed_tokens=int(self.prompts.computed_tokens),
+                output_tokens=tuple(min(n, self.options.new_tokens) for n in self.prompts.output_tokens),
                 source=self.prompts.source,
             ),
         )
@@ -139,7 +140,7 @@ def prepare(options: TraceOptions) -> Job:
     _check_outliers(options, source, shape)
     tokenizer = load_tokenizer(spec, source)
     if given is not None:
-        prompts = encode_prompts(given, tokenizer, shape.vocabulary, options.batch, options.prompt_tokens)
+        prompts = encode_prompts(given, tokenizer, shape.vocabulary, options.batch, options.prompt_tokens, options.seed)
     else:
         tokens = options.prompt_tokens or DEFAULT_PROMPT_TOKENS
         _check_positions(tokens, options.new_tokens, shape)

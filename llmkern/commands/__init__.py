@@ -25,6 +25,8 @@ _COMMANDS = {
     "trace": ("trace", "Run a model, record its kernels and energy, and print where the joules went."),
     "report": ("report", "Print the report of run folder RUN again, or write it as JSON, CSV or an HTML page."),
     "evaluate": ("evaluate", "Say of a kernel whether it is right, how fast, and what a call costs in joules."),
+    "study": ("study", "Run a plan of many configurations, and show what all of them say together."),
+    "collect": ("collect", "Put many runs into one frame, with figures, and say what they say together."),
     "diff": ("diff", "Say where the difference per token between two runs went."),
     "export": ("export", "Write RUN for another tool: kernels and gaps with their joules, host calls, ranges, power."),
     "import": ("import_", "Make a run folder of a capture of Nsight Systems or torch.profiler, and report it."),

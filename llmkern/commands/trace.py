@@ -43,7 +43,8 @@ from llmkern.runfolder.vocabulary import ENGINES, FUSED, PRECISIONS, WEIGHTS
 @click.option(
     "--prompts",
     type=click.Path(dir_okay=False, path_type=Path),
-    help='JSON lines: {"messages": [...]}, {"prompt": "..."} or a string; as many as --batch are used.',
+    help='JSON lines: {"messages": [...]}, {"prompt": "..."}, {"tokens": N} or a string; as many as --batch are used; '
+    '"output_tokens": how long an answer was.',
 )
 @click.option(
     "--warmup", type=click.IntRange(1, 10**6), default=5, show_default=True, help="Warm-up generations (short ones)."

@@ -134,10 +134,14 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFacts:
-    """One batch: *tokens* is its width, *effective_tokens* of each row without padding, *computed_tokens* with it."""
+    """One batch: *tokens* is its width, *effective_tokens* of each row without padding, *computed_tokens* with it.
+
+    *output_tokens* of each row are those that its prompt wanted, at most what was generated; empty: all of them.
+    """
 
     effective_tokens: tuple[Positive, ...]
     computed_tokens: Positive
+    output_tokens: tuple[Positive, ...] = ()
     tokens: Positive | None = None
     batch: Positive = 1
     source: str = ""

@@ -91,6 +91,10 @@ def required_bytes(config: Any, workload: Workload) -> int:
     return weight_bytes(linear, other, workload.precision, workload.double_quant) + cache + activations + CONTEXT_BYTES
 
 
+# By configuration: a study asks for every run of a model.
+_counted: dict[str, tuple[int, int]] = {}
+
+
 def count_parameters(config: Any) -> tuple[int, int]:
     """Return how many parameters sit in layers that get quantized, and how many elsewhere (tied ones once).
 
@@ -98,6 +102,9 @@ def count_parameters(config: Any) -> tuple[int, int]:
     """
     from transformers import AutoModelForCausalLM
 
+    key = config.to_json_string()
+    if key in _counted:
+        return _counted[key]
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -106,7 +113,8 @@ def count_parameters(config: Any) -> tuple[int, int]:
             f"no model can be made of this configuration ({first_line(error)}): check config.json."
         ) from error
     linear = sum(module.weight.numel() for _, module in quantizable(model))
-    return linear, sum(p.numel() for p in model.parameters()) - linear
+    _counted[key] = linear, sum(p.numel() for p in model.parameters()) - linear
+    return _counted[key]
 
 
 def quantizable(model: nn.Module) -> list[tuple[str, nn.Linear]]:

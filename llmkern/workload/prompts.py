@@ -17,6 +17,8 @@ STUDY_LENGTHS = (200, 500, 1000, 2000, 4000)
 # Special tokens sit at the ends of a vocabulary; ids between these stay clear of them.
 _FIRST_ID = 10
 _LAST_SHARE = 0.9
+# As many as --prompt-tokens takes.
+MOST_TOKENS = 2**24
 
 _TEXT = """\
 A turbine hall at night is louder than by day, because the building no longer hides it. The engineer on duty walks the
@@ -43,13 +45,15 @@ Measure twice, the carpenter said, but with different rulers, for a wrong ruler 
 class PromptSet:
     """Prompts of one batch: *input_ids* and *attention_mask* are int64 tensors [batch, tokens], padded on the left.
 
-    *effective_tokens* counts each row without padding, *computed_tokens* all that the model computes.
+    *effective_tokens* counts each row without padding, *computed_tokens* all that the model computes. *output_tokens*
+    is how many tokens each row wants, empty where that is not known.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     effective_tokens: tuple[int, ...]
     source: str
+    output_tokens: tuple[int, ...] = ()
 
     @property
     def computed_tokens(self) -> int:
@@ -67,22 +71,41 @@ def builtin_prompts(batch: int, prompt_tokens: int, tokenizer: Any, vocab_size: 
         ids = torch.randint(min(_FIRST_ID, last - 1), last, (batch, prompt_tokens), generator=generator)
         source = "seeded token ids"
     else:
-        text = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
-        rows = []
-        for row in range(batch):
-            first = (seed + row * 37) % len(text)
-            cycled = (text * (prompt_tokens // len(text) + 2))[first : first + prompt_tokens]
-            rows.append(cycled)
-        ids = torch.tensor(rows)
+        text = _builtin_text(tokenizer)
+        ids = torch.tensor([_cut(text, seed + row * 37, prompt_tokens) for row in range(batch)])
         source = "built-in text"
     return PromptSet(ids, torch.ones_like(ids), (prompt_tokens,) * batch, source)
 
 
-Prompt = str | list[dict[str, str]]
+def _builtin_text(tokenizer: Any) -> list[int]:
+    return list(tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
+
+
+def _cut(text: list[int], first: int, tokens: int) -> list[int]:
+    first %= len(text)
+    return (text * (tokens // len(text) + 2))[first : first + tokens]
+
+
+@dataclass(frozen=True)
+class Length:
+    """A prompt of which only the length is given: so many *tokens* of built-in text."""
+
+    tokens: int
+
+
+Content = str | list[dict[str, str]] | Length
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a file, and how many tokens its answer has (None: not said)."""
+
+    content: Content
+    output_tokens: int | None = None
 
 
 def parse_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a JSON-lines file: texts, or lists of chat messages.
+    """Return the prompts of a JSON-lines file: texts, lists of chat messages, or lengths.
 
     Raises UsageError that names the file and the number of the broken line.
     """
@@ -103,7 +126,9 @@ def parse_prompts(path: Path) -> list[Prompt]:
 
 
 def _parse_line(path: Path, number: int, line: str) -> Prompt:
-    expected = 'expected {"messages": [{"role": ..., "content": ...}]}, {"prompt": "..."} or a JSON string'
+    expected = (
+        'expected {"messages": [{"role": ..., "content": ...}]}, {"prompt": "..."}, {"tokens": N} or a JSON string'
+    )
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -112,12 +137,17 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
         ) from error
     except (RecursionError, ValueError) as error:
         raise UsageError(f"{path}, line {number} cannot be read ({first_line(error)}): {expected}.") from error
+    output_tokens = None
     if isinstance(value, dict):
+        output_tokens = _number(value, "output_tokens", f"{path}, line {number}")
+        tokens = _number(value, "tokens", f"{path}, line {number}")
+        if tokens is not None and not {"messages", "prompt", "text"} & value.keys():
+            return Prompt(Length(tokens), output_tokens)
         if "messages" in value and not isinstance(value["messages"], list):
             raise UsageError(f'{path}, line {number}: "messages" is no list of messages: {expected}.')
         value = value.get("messages", value.get("prompt", value.get("text")))
     if isinstance(value, str) and value:
-        return value
+        return Prompt(value, output_tokens)
     if (
         isinstance(value, list)
         and value
@@ -125,20 +155,32 @@ def _parse_line(path: Path, number: int, line: str) -> Prompt:
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
         )
     ):
-        return value
+        return Prompt(value, output_tokens)
     raise UsageError(f"{path}, line {number} holds no prompt: {expected}.")
 
 
+def _number(value: dict[str, Any], name: str, where: str) -> int | None:
+    number = value.get(name)
+    if number is not None and (type(number) is not int or not 1 <= number <= MOST_TOKENS):
+        raise UsageError(f'{where}: "{name}" is {number!r}: give a whole number from 1 to {MOST_TOKENS}.')
+    return number
+
+
 def encode_prompts(
-    prompts: list[Prompt], tokenizer: Any, vocab_size: int, batch: int, prompt_tokens: int | None
+    prompts: list[Prompt], tokenizer: Any, vocab_size: int, batch: int, prompt_tokens: int | None, seed: int = 0
 ) -> PromptSet:
     """Return the first *batch* prompts as tokens (in turn if there are fewer), cut to *prompt_tokens* if given.
+
+    Of lengths each row is another piece of the built-in text, without a tokenizer other token ids, by *seed*.
 
     Chat messages go through the model's chat template. Without a tokenizer every UTF-8 byte is a token: no download
     is needed, but there are about four times as many tokens.
     """
     chosen = [prompts[i % len(prompts)] for i in range(batch)]
-    rows = [_encode(prompt, tokenizer, vocab_size)[:prompt_tokens] for prompt in chosen]
+    rows = [
+        _encode(prompt.content, tokenizer, vocab_size, seed + 37 * row)[:prompt_tokens]
+        for row, prompt in enumerate(chosen)
+    ]
     if not all(rows):
         raise UsageError("a prompt of the file has no token: give it some text.")
     width = max(len(row) for row in rows)
@@ -154,12 +196,19 @@ def encode_prompts(
         source = f"the first {used} of {len(prompts)} prompts from a file (--batch {batch})"
     if len(prompts) < batch:
         source += f", in turn to fill a batch of {batch}"
-    if tokenizer is None:
+    if tokenizer is None and not all(isinstance(prompt.content, Length) for prompt in chosen):
         source += ", one token per UTF-8 byte (no tokenizer at hand)"
-    return PromptSet(ids, mask, tuple(len(row) for row in rows), source)
+    wanted = [prompt.output_tokens for prompt in chosen]
+    outputs = tuple(n for n in wanted if n is not None)
+    return PromptSet(ids, mask, tuple(map(len, rows)), source, outputs if len(outputs) == batch else ())
 
 
-def _encode(prompt: Prompt, tokenizer: Any, vocab_size: int) -> list[int]:
+def _encode(prompt: Content, tokenizer: Any, vocab_size: int, seed: int) -> list[int]:
+    if isinstance(prompt, Length):
+        if tokenizer is not None:
+            return _cut(_builtin_text(tokenizer), seed, prompt.tokens)
+        ids: list[int] = builtin_prompts(1, prompt.tokens, None, vocab_size, seed).input_ids[0].tolist()
+        return ids
     if tokenizer is None:
         text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         offset = _FIRST_ID if vocab_size > 256 + _FIRST_ID else 0

@@ -12,7 +12,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llmkern.errors import UsageError
-from llmkern.workload.prompts import STUDY_LENGTHS, builtin_prompts, encode_prompts, parse_prompts
+from llmkern.workload.prompts import (
+    STUDY_LENGTHS,
+    Content,
+    Length,
+    Prompt,
+    PromptSet,
+    builtin_prompts,
+    encode_prompts,
+    parse_prompts,
+)
+
+
+def encoded(contents: list[Content], *rest: Any) -> PromptSet:
+    return encode_prompts([Prompt(content) for content in contents], *rest)
+
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
@@ -46,7 +60,7 @@ def test_seeds_decide_and_rows_differ() -> None:
 
 
 def test_short_prompts_are_padded_on_the_left_and_not_counted(tokenizer: Any) -> None:
-    made = encode_prompts(["hello", "hello world hello"], tokenizer, 100, 2, None)
+    made = encoded(["hello", "hello world hello"], tokenizer, 100, 2, None)
     assert made.input_ids.tolist() == [[0, 0, 7], [7, 8, 7]]
     assert made.attention_mask.tolist() == [[0, 0, 1], [1, 1, 1]]
     assert made.effective_tokens == (1, 3)
@@ -54,14 +68,14 @@ def test_short_prompts_are_padded_on_the_left_and_not_counted(tokenizer: Any) ->
 
 
 def test_fewer_prompts_than_the_batch_are_taken_in_turn_and_said_so(tokenizer: Any) -> None:
-    made = encode_prompts(["hello", "world"], tokenizer, 100, 3, None)
+    made = encoded(["hello", "world"], tokenizer, 100, 3, None)
     assert made.input_ids.tolist() == [[7], [8], [7]]
     assert "in turn" in made.source
 
 
 def test_chat_messages_go_through_the_template(tokenizer: Any) -> None:
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    made = encode_prompts([chat], tokenizer, 100, 1, None)
+    made = encoded([chat], tokenizer, 100, 1, None)
     assert tokenizer.decode(made.input_ids[0]).split() == [
         "<",
         "system",
@@ -81,18 +95,18 @@ def test_chat_messages_go_through_the_template(tokenizer: Any) -> None:
 def test_chat_messages_without_a_template_are_a_sentence(tokenizer: Any) -> None:
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match=r"no chat template.*prompt"):
-        encode_prompts([[{"role": "user", "content": "hello"}]], tokenizer, 100, 1, None)
+        encoded([[{"role": "user", "content": "hello"}]], tokenizer, 100, 1, None)
 
 
 def test_without_a_tokenizer_bytes_are_tokens_within_the_vocabulary() -> None:
-    made = encode_prompts(["grüß"], None, 4096, 1, None)
+    made = encoded(["grüß"], None, 4096, 1, None)
     assert made.effective_tokens == (6,)
     assert int(made.input_ids.max()) < 4096
     assert "UTF-8 byte" in made.source
 
 
 def test_prompts_are_cut_to_the_wanted_length() -> None:
-    assert encode_prompts(["x" * 100], None, 4096, 1, 40).effective_tokens == (40,)
+    assert encoded(["x" * 100], None, 4096, 1, 40).effective_tokens == (40,)
 
 
 def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
@@ -100,7 +114,23 @@ def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "c"}]
     lines = [json.dumps(v) for v in ("a", {"prompt": "b"}, {"messages": chat}, {"text": "d"})]
     file.write_text("\n\n".join(lines) + "\n")
-    assert parse_prompts(file) == ["a", "b", chat, "d"]
+    assert [prompt.content for prompt in parse_prompts(file)] == ["a", "b", chat, "d"]
+
+
+def test_lengths_alone_are_prompts_and_answers_have_theirs(tmp_path: Path, tokenizer: Any) -> None:
+    file = tmp_path / "p.jsonl"
+    lines = [{"tokens": 40, "output_tokens": 3}, {"tokens": 9, "output_tokens": 30}, {"prompt": "hello"}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    prompts = parse_prompts(file)
+    assert prompts[0] == Prompt(Length(40), 3)
+    for with_ in (tokenizer, None):
+        made = encode_prompts(prompts, with_, 4096, 2, None)
+        assert made.effective_tokens == (40, 9)
+        assert made.computed_tokens == 80
+        assert made.output_tokens == (3, 30)
+        assert "UTF-8" not in made.source
+    # The third does not say: then nothing is known of the batch.
+    assert encode_prompts(prompts, None, 4096, 3, None).output_tokens == ()
 
 
 @pytest.mark.parametrize(
@@ -112,6 +142,9 @@ def test_every_kind_of_line_is_read(tmp_path: Path) -> None:
         ('{"prompt": 3}', "line 2 holds no prompt"),
         ('""', "line 2 holds no prompt"),
         ("7", "line 2 holds no prompt"),
+        ('{"tokens": 0}', 'line 2: "tokens" is 0'),
+        ('{"tokens": 2.5}', 'line 2: "tokens" is 2.5'),
+        ('{"prompt": "a", "output_tokens": -1}', 'line 2: "output_tokens" is -1'),
     ],
 )
 def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: str, message: str) -> None:

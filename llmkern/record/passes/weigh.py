@@ -15,6 +15,8 @@ from llmkern.runfolder.facts import OwnCostFacts, PlanFacts
 SHORTEST_WINDOW_S = 2.0
 # The tick of NVML's counter, where a meter does not say its own.
 TICK_S = 0.1
+# Without a counter there is no tick to outlast; latency alone wants several generations.
+SHORTEST_UNWEIGHED_S = 0.5
 IDLE_WINDOW_S = 2.5
 # The rest after each window, in which the board is as warm as in it.
 SHORT_IDLE_S = 0.8
@@ -28,14 +30,15 @@ WARMUP_TOKENS = 8
 SLOW_WARMUP_TOKENS, SLOW_WARMUP_S = 4, 1.0
 
 
-def plan_windows(repeats: int, new_tokens: int, prefill_s: float, generate_s: float) -> PlanFacts:
-    """Return the plan for *repeats* generations in all, in windows of at least SHORTEST_WINDOW_S and a tick.
+def plan_windows(
+    repeats: int, new_tokens: int, prefill_s: float, generate_s: float, shortest_s: float = SHORTEST_WINDOW_S + TICK_S
+) -> PlanFacts:
+    """Return the plan for *repeats* generations in all, in windows of at least *shortest_s*: by default 2 s and a tick.
 
     How many generations that takes is what one took in the warm-up, and only a guess: a window goes on until it is long
     enough.
     """
     rounds = min(ROUNDS, repeats)
-    shortest_s = SHORTEST_WINDOW_S + TICK_S
 
     def spread(one_s: float) -> tuple[int, ...]:
         total = max(repeats, rounds * math.ceil(shortest_s / max(one_s, 1e-4)))
@@ -64,7 +67,9 @@ def warm_up(rig: Rig) -> PlanFacts:
     rig.annotator.drain()
     generate_s = prefill_s + per_token_s * (rig.options.new_tokens - 1)
     repeats = rig.options.repeats or (REPEATS if generate_s <= LONG_S else ROUNDS)
-    return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s)
+    if rig.meters:
+        return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s)
+    return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s, SHORTEST_UNWEIGHED_S)
 
 
 def idle(rig: Rig, seconds: float = IDLE_WINDOW_S) -> None:

@@ -1,0 +1,1 @@
+"""A study: a plan of many runs, the runs, and what all of them say together."""
