@@ -52,13 +52,13 @@ def collected(folders: list[Path], out: Path | None, say: Callable[[str], Any], 
 
 def _check(out: Path) -> None:
     """Refuse a folder that holds what a study has not; raises UsageError."""
-    from llmkern.study.execute import LOGS, PROMPTS, RUNS, STATE
+    from llmkern.study.execute import LOCK, LOGS, PROMPTS, RUNS, STATE
 
     if not out.parts:
         raise UsageError("--out is empty, which would be the current folder: give the name of something new.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file: give a folder with --out.")
-    ours = {STATE, RUNS, LOGS, PROMPTS, ".lock", "study.html", "numbers.parquet", "tables", "figures"}
+    ours = {STATE, RUNS, LOGS, PROMPTS, LOCK, "study.html", "numbers.parquet", "tables", "figures"}
     other = next((e.name for e in out.iterdir() if e.name not in ours), None) if out.exists() else None
     if other is not None:
         raise UsageError(f"{out} holds {other}, which no study writes: give a new folder with --out.")

@@ -29,6 +29,19 @@ gpu = click.option(
 )
 
 
+def percentage(_context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """Return a percentage that an option was given as a share."""
+    if text is None:
+        return None
+    try:
+        value = float(text.rstrip("%")) / 100
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 100:
+        raise click.BadParameter(f"{text!r} must be a percentage of 0 or more, as in 3%.", param=parameter)
+    return value
+
+
 def out(what: str) -> Any:
     """Return the option for where *what* is written."""
     return click.option("--out", "-o", type=click.Path(path_type=Path), help=what)

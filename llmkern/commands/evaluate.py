@@ -27,18 +27,6 @@ def _formats(_context: click.Context, parameter: click.Parameter, text: str) -> 
     return parts
 
 
-def _percent(_context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        value = float(text.rstrip("%")) / 100
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 100:
-        raise click.BadParameter(f"{text!r} must be a percentage of 0 or more, as in 3%.", param=parameter)
-    return value
-
-
 @click.command("evaluate", context_settings=CONTEXT)
 @click.argument("candidates", nargs=-1, metavar="[[NAME=]CANDIDATE]...")
 @click.option(
@@ -73,7 +61,10 @@ def _percent(_context: click.Context, parameter: click.Parameter, text: str | No
     "--baseline", type=click.Path(dir_okay=False, path_type=Path), help="What --json printed earlier, to compare with."
 )
 @click.option(
-    "--fail-above", callback=_percent, metavar="PERCENT", help="Exit with 1 if a candidate is that much slower than it."
+    "--fail-above",
+    callback=common.percentage,
+    metavar="PERCENT",
+    help="Exit with 1 if a candidate is that much slower than it.",
 )
 @common.as_json
 @common.csv

@@ -102,12 +102,17 @@ def compare(before: Attribution, after: Attribution, against: str | None = None)
 
 def tokens(attribution: Attribution, account: PhaseAccount) -> int | None:
     """Return how many tokens a unit of the phase of *account* stands for, None where nothing says so."""
+    return tokens_of_unit(attribution, account.unit)
+
+
+def tokens_of_unit(attribution: Attribution, unit: str) -> int | None:
+    """Return how many tokens a *unit* (call, token) of a run stands for, None where nothing says so."""
     facts = attribution.run.facts
     if facts.imported is not None and not facts.energy_of:
         return None
-    if account.unit == "call":
+    if unit == "call":
         return (sum(facts.prompts.effective_tokens) or None) if facts.prompts is not None else None
-    return facts.options.batch if account.unit == "token" else None
+    return facts.options.batch if unit == "token" else None
 
 
 def _difference(before: Attribution, after: Attribution, phase: str, prediction: Prediction | None) -> Difference:

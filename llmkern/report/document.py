@@ -53,15 +53,20 @@ def report_document(statement: Statement, tables: dict[str, pd.DataFrame]) -> di
     }
 
 
-def difference_document(before: dict[str, Any], after: dict[str, Any], differences: list[Difference]) -> dict[str, Any]:
-    """Return the comparison of two runs, of which *before* and *after* are what run_facts says."""
-    tables = difference_tables(differences)
+def difference_document(
+    runs: list[dict[str, Any]], differences: list[list[Difference]], versus: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the comparison of runs with the first of them; *runs* are what run_facts says, *versus* a line a phase."""
+    found: dict[str, Any] = {"schema": SCHEMA, "document": "diff", "before": runs[0]}
+    if len(runs) > 2:
+        return {**found, "runs": runs[1:], "versus": versus}
+    (compared,) = differences
+    tables = difference_tables(compared) if compared else {}
     return {
-        "schema": SCHEMA,
-        "document": "diff",
-        "before": before,
-        "after": after,
-        "phases": [difference_facts(difference) for difference in differences],
+        **found,
+        "after": runs[1],
+        "versus": versus,
+        "phases": [difference_facts(difference) for difference in compared],
         "tables": {name: records(table) for name, table in tables.items() if name != "phases"},
     }
 

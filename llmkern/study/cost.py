@@ -9,18 +9,35 @@ from dataclasses import dataclass
 
 from llmkern.study.plan import Configuration
 
-# Of one H100 and of a few CPU cores: bytes and FLOPs a second that a model of Transformers really gets, and what a
-# launch costs the host. Rough, and corrected by the first runs that are done.
-_BYTES_PER_S = {"cuda": 2.5e12, "cpu": 1.5e10}
-_FLOPS = {"fp32": 4e13, "": 3e14}
-_CPU_FLOPS = 1.5e11
-_LAYER_S = {"int8": 4e-3, "int4": 1.2e-3, "": 0.9e-3}
-_CPU_LAYER_S = 1e-3
-_START_S, _LOAD_BYTES_PER_S = {"cuda": 9.0, "cpu": 4.0}, {"cuda": 4e9, "cpu": 2e8}
-_WINDOW_S, _REST_S, _ROUNDS, _LONG_S, _REPEATS = 2.1, 1.0, 6, 3.0, 10
-# What the passes after the windows take, in generations and beside them.
-_TIMELINE = {"cuda": (7.0, 12.0), "cpu": (5.0, 2.0)}
-_REPLAY_S = {"cuda": 50.0, "cpu": 25.0}
+
+@dataclass(frozen=True)
+class Rates:
+    """What a model of Transformers really gets: rough, and corrected by the first runs that are done.
+
+    FLOPs a second and seconds of the host for a layer are by precision, "" for any other; a traced run takes
+    *generations* more and ``traced_s``, one with replays ``replayed_s`` beside that.
+    """
+
+    bytes_per_s: float
+    flops: dict[str, float]
+    layer_s: dict[str, float]
+    start_s: float
+    load_bytes_per_s: float
+    window_s: float
+    generations: float
+    traced_s: float
+    replayed_s: float
+
+
+_RATES = {
+    # One H100, and the host of a virtual machine.
+    "cuda": Rates(
+        2.5e12, {"fp32": 4e13, "": 3e14}, {"int8": 4e-3, "int4": 1.2e-3, "": 0.9e-3}, 9.0, 4e9, 2.1, 7.0, 12.0, 50.0
+    ),
+    # A few cores, whose energy can seldom be read.
+    "cpu": Rates(1.5e10, {"": 1.5e11}, {"int8": 2e-3, "": 5e-4}, 3.0, 2e8, 0.5, 5.0, 3.0, 25.0),
+}
+_REST_S, _ROUNDS, _LONG_S, _REPEATS = 1.0, 6, 3.0, 10
 
 
 @dataclass(frozen=True)
@@ -37,24 +54,21 @@ class Size:
 
 def seconds(one: Configuration, size: Size, record: str, repeats: int | None) -> float:
     """Return roughly how many seconds the run *one* takes."""
-    on_cpu = size.kind == "cpu"
-    flops = _CPU_FLOPS if on_cpu else _FLOPS.get(one.precision, _FLOPS[""])
-    per_layer_s = _CPU_LAYER_S if on_cpu else _LAYER_S.get(one.precision, _LAYER_S[""])
-    host_s = size.layers * (per_layer_s if one.engine == "eager" else per_layer_s / 20)
-    prefill_s = max(2 * size.parameters * one.batch * size.prompt_tokens / flops, host_s)
-    token_s = max(
-        size.weight_bytes / _BYTES_PER_S[size.kind], host_s, 2 * size.parameters * one.batch / flops if on_cpu else 0
-    )
+    rates = _RATES[size.kind]
+    flops, layer_s = (each.get(one.precision, each[""]) for each in (rates.flops, rates.layer_s))
+    host_s = size.layers * (layer_s if one.engine == "eager" else layer_s / 20)
+    work = 2 * size.parameters * one.batch
+    prefill_s = max(work * size.prompt_tokens / flops, host_s)
+    token_s = max(size.weight_bytes / rates.bytes_per_s, work / flops, host_s)
     generate_s = prefill_s + token_s * (size.new_tokens - 1)
     times = repeats or (_REPEATS if generate_s <= _LONG_S else _ROUNDS)
     rounds = min(_ROUNDS, times)
-    windows_s = sum(max(rounds * _WINDOW_S, times * each) + rounds * _REST_S for each in (prefill_s, generate_s))
-    total_s = _START_S[size.kind] + size.weight_bytes / _LOAD_BYTES_PER_S[size.kind] + generate_s + windows_s
+    windows_s = sum(max(rounds * rates.window_s, times * each) + rounds * _REST_S for each in (prefill_s, generate_s))
+    total_s = rates.start_s + size.weight_bytes / rates.load_bytes_per_s + generate_s + windows_s
     if record != "windows":
-        generations, beside_s = _TIMELINE[size.kind]
-        total_s += generations * generate_s + beside_s
+        total_s += rates.generations * generate_s + rates.traced_s
     if record == "replays":
-        total_s += _REPLAY_S[size.kind]
+        total_s += rates.replayed_s
     return total_s
 
 

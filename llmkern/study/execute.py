@@ -23,7 +23,7 @@ from llmkern.runfolder import RunFolder
 from llmkern.study.cost import Costs
 from llmkern.study.plan import Configuration
 
-STATE, RUNS, LOGS, PROMPTS = "study.json", "runs", "logs", "prompts"
+STATE, RUNS, LOGS, PROMPTS, LOCK = "study.json", "runs", "logs", "prompts", ".lock"
 SCHEMA = 1
 # A child that was asked to end puts what it recorded in its place first.
 _PATIENCE_S = 120.0
@@ -88,7 +88,9 @@ def open_study(folder: Path) -> Study:
     if not folder.is_dir():
         raise UsageError(f"{folder} is a file: give the folder of a study with --out.")
     if not file.exists():
-        other = next((entry.name for entry in folder.iterdir() if entry.name != f".{STATE}.tmp"), None)
+        # A study that was killed early has not more.
+        own = {LOCK, f".{STATE}.tmp", RUNS, LOGS, PROMPTS}
+        other = next((entry.name for entry in folder.iterdir() if entry.name not in own), None)
         if other is not None:
             raise UsageError(f"{folder} holds {other} and no study: choose a new folder with --out.")
         return Study(folder)
@@ -112,7 +114,7 @@ def held(folder: Path) -> Iterator[None]:
     """Keep other studies out of *folder* for the time; raises UsageError where one is running there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written ({error.strerror}): choose another folder with --out.") from error
     try:
@@ -124,7 +126,6 @@ def held(folder: Path) -> Iterator[None]:
             # Some network disks know no locks.
             pass
         yield
-        (folder / ".lock").unlink(missing_ok=True)
     finally:
         os.close(lock)
 

@@ -17,6 +17,8 @@ from llmkern.explain.compare import compare
 from llmkern.explain.devices import COLUMNS
 from llmkern.explain.statement import state
 from llmkern.explain.tables import run_tables
+from llmkern.explain.versus import versus
+from llmkern.report.comparison import versus_facts
 from llmkern.report.document import difference_document, report_document, run_facts
 from llmkern.report.records import difference_tables, records, statement_tables, write_csv
 from tests.recorded import recorded
@@ -73,13 +75,21 @@ def test_the_tables_carry_what_the_accounts_say(document: dict[str, Any]) -> Non
 def test_the_comparison_is_strict_json_and_documented() -> None:
     pair = recorded("bf16-operators"), recorded("int8")
     facts = [run_facts(a.run.facts, str(a.run.path), a.run.status) for a in pair]
-    document = difference_document(facts[0], facts[1], compare(*pair, "graph"))
+    lines = versus_facts(["before", "after"], versus(pair[0], [pair[1]]))
+    document = difference_document(facts, [compare(*pair, "graph")], lines)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert set(document) == documented("diff")
     assert {key for phase in document["phases"] for key in phase} == documented("phase of diff")
     assert set(document["tables"]) == documented("tables of diff")
+    assert {key for line in document["versus"] for key in line} == documented("line of versus")
     for rows in document["tables"].values():
         assert {key for row in rows for key in row} <= documented("columns")
+    # Of more than two runs there are lines alone.
+    lines = versus_facts(["a", "b", "c"], versus(pair[0], [pair[1], recorded("int4")]))
+    many = difference_document([*facts, facts[0]], [[], []], lines)
+    assert set(many) == {"schema", "document", "before", "runs", "versus"}
+    assert [line["run"] for line in many["versus"]] == ["b", "b", "c", "c"]
+    assert json.loads(json.dumps(many, allow_nan=False)) == many
 
 
 def test_every_table_is_written_as_csv(tmp_path: Path) -> None:
