@@ -1,7 +1,8 @@
 """Decode by engine, word size and batch: time and joules of a step, of a token, and of the least that it could take.
 
 python -m bench.decode --runs DIR [--only NAME ...]: each case is one weighed run (llmkern.trace --annotate-only) in a
-process of its own; cases that a result file has already are kept unless they are run again.
+process of its own; cases that a result file has already are kept unless they are run again. --from FOLDER takes the
+runs that a study left there instead (llmkern study), with the commit whose code made them as --code.
 """
 
 from __future__ import annotations
@@ -50,13 +51,24 @@ def cases() -> dict[str, list[str]]:
 def main() -> None:
     every = cases()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the run folders")
+    parser.add_argument("--runs", type=Path, help="folder for the run folders")
+    parser.add_argument("--from", dest="study", type=Path, help="folder with run folders that are there already")
+    parser.add_argument("--code", default="", help="commit whose code made them")
     parser.add_argument("--only", nargs="*", default=list(every), help="cases, by any part of their names")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
     file = (arguments.results or RESULTS) / f"decode-{slug()}.json"
     kept = {c["name"]: c for c in json.loads(file.read_text())["cases"]} if file.exists() else {}
+    if arguments.study is not None:
+        for folder in sorted(arguments.study.glob("*/run.json")):
+            run = RunFolder(folder.parent)
+            name = named(run)
+            if run.complete and name in every:
+                note = f"code of {arguments.code}; {run.facts.options.repeats} windows" if arguments.code else ""
+                kept[name] = told_of(name, every[name], run, note)
+        write("decode", [kept[n] for n in every if n in kept], arguments.results)
+        return
+    arguments.runs.mkdir(parents=True, exist_ok=True)
     for name in [n for n in every if any(n == part or (part not in every and part in n) for part in arguments.only)]:
         kept[name] = measured(name, every[name], arguments.runs)
         told = {k: round(v["value"], 4) for k, v in kept[name]["metrics"].items()}
@@ -72,11 +84,22 @@ def measured(name: str, options: list[str], runs: Path) -> dict[str, Any]:
     done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         return case(name, {"options": options}, {}, False, done.stderr.strip()[-500:])
-    run = RunFolder(folder)
+    return told_of(name, options, RunFolder(folder))
+
+
+def named(run: RunFolder) -> str:
+    """Return the name of the case that *run* is."""
+    options = run.facts.options
+    model = run.facts.model.name if run.facts.model is not None else options.model
+    return f"{model} {options.precision} {options.engine}, batch {options.batch}"
+
+
+def told_of(name: str, options: list[str], run: RunFolder, note: str = "") -> dict[str, Any]:
+    """Return the case *name* as *run* measured it."""
     weighed = attribute(run).weighed
     if weighed is None or "decode" not in weighed.phases:
         return case(name, {"options": options}, {}, False, "decode cannot be told from zero")
-    return case(name, {"options": options}, _metrics(run, weighed), True)
+    return case(name, {"options": options}, _metrics(run, weighed), True, note)
 
 
 def _metrics(run: RunFolder, weighed: Any) -> dict[str, Any]:

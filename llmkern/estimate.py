@@ -60,8 +60,10 @@ class Estimate:
 
     def with_(self, other: Estimate, join: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
         """Return *join* of this and *other*, value with value and draw with draw."""
-        value = float(join(np.array([self.value]), np.array([other.value]))[0])
-        both = None if self.draws is None or other.draws is None else join(self.draws, other.draws)
+        # A draw may be nothing, and a share of it then has no limit.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(join(np.array([self.value]), np.array([other.value]))[0])
+            both = None if self.draws is None or other.draws is None else join(self.draws, other.draws)
         return Estimate.of(value, both, min(self.samples, other.samples))
 
     def __add__(self, other: Estimate) -> Estimate:

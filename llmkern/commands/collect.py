@@ -44,10 +44,11 @@ def collected(folders: list[Path], out: Path | None, say: Callable[[str], Any], 
         told = "; ".join(f"{name}: {reason}" for name, reason in list(collection.left_out.items())[:3])
         raise UsageError(f"none of the runs in {', '.join(map(str, folders))} can be compared ({told}).")
     statement = state(collection, title, failed)
+    # The answer first: it stands whatever becomes of the files.
+    print_study(statement, common.console())
     if out is not None:
         files = write_study(statement, out)
         say(f"Wrote {files[0]}, {len(statement.figures)} figures and the tables beside it.")
-    print_study(statement, common.console())
 
 
 def _check(out: Path) -> None:

@@ -80,6 +80,12 @@ from llmkern.runfolder.vocabulary import ENGINES, FUSED, PRECISIONS, WEIGHTS
     is_flag=True,
     help="Record no kernels: for 'nsys profile', which does; weigh energy, emit NVTX ranges and power.",
 )
+@click.option(
+    "--unweighed-window-s",
+    type=click.FloatRange(0.0, 3600.0),
+    metavar="SECONDS",
+    help="Shortest window where no energy can be read.  [default: 2 s, as with energy]",
+)
 @click.option("--estimate-ram", is_flag=True, help="Add a documented estimate of the host RAM's energy.")
 @common.out("Run folder to write.  [default: runs/DATE-MODEL-PRECISION]")
 @click.option("--force", is_flag=True, help="Replace the run folder if it exists, once the new run is complete.")

@@ -32,6 +32,7 @@ class TraceOptions:
     no_cache: bool = False
     annotate_only: bool = False
     estimate_ram: bool = False
+    unweighed_window_s: float | None = None
     out: Path | None = None
     force: bool = False
 

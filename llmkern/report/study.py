@@ -19,7 +19,8 @@ from llmkern.study.statement import StudyStatement
 _VERDICTS = {"seen": "green", "seen in part": "yellow", "not seen": "red"}
 _METHOD = (
     "Each configuration ran in a process of its own, in random order; latency and energy were weighed in windows of at "
-    "least two seconds with nothing attached but the sensors. Decode = generate(n) - generate(1).",
+    "least two seconds (half a second where there is no energy) with nothing attached but the sensors. "
+    "Decode = generate(n) - generate(1).",
     "Effective tokens are those of prompts without padding, and of answers as long as they were wanted; computed "
     "tokens are rows times the longest. Draws of one configuration are joined: all joules by all tokens. "
     "Intervals are 95 %.",

@@ -53,6 +53,7 @@ class OptionFacts:
     no_cache: bool = False
     annotate_only: bool = False
     estimate_ram: bool = False
+    unweighed_window_s: Amount | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

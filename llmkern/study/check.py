@@ -12,6 +12,9 @@ from llmkern.study.execute import PROMPTS, RUNS, Task, processes
 from llmkern.study.plan import Configuration, Source
 from llmkern.study.prompts import write_prompts
 
+# Where there is no energy, latency alone needs no windows as long as a counter does.
+_UNWEIGHED_S = 0.5
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -29,6 +32,7 @@ def tasks_of(source: Source, folder: Path) -> list[Task]:
     common: dict[str, Any] = {
         "annotate_only": settings.record == "windows",
         "quick": settings.record != "replays",
+        "unweighed_window_s": _UNWEIGHED_S,
         **{name: getattr(settings, name) for name in ("repeats", "warmup", "weights", "device", "outliers")},
     }
     found = []

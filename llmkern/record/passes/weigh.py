@@ -15,8 +15,6 @@ from llmkern.runfolder.facts import OwnCostFacts, PlanFacts
 SHORTEST_WINDOW_S = 2.0
 # The tick of NVML's counter, where a meter does not say its own.
 TICK_S = 0.1
-# Without a counter there is no tick to outlast; latency alone wants several generations.
-SHORTEST_UNWEIGHED_S = 0.5
 IDLE_WINDOW_S = 2.5
 # The rest after each window, in which the board is as warm as in it.
 SHORT_IDLE_S = 0.8
@@ -31,14 +29,16 @@ SLOW_WARMUP_TOKENS, SLOW_WARMUP_S = 4, 1.0
 
 
 def plan_windows(
-    repeats: int, new_tokens: int, prefill_s: float, generate_s: float, shortest_s: float = SHORTEST_WINDOW_S + TICK_S
+    repeats: int, new_tokens: int, prefill_s: float, generate_s: float, shortest_s: float | None = None
 ) -> PlanFacts:
-    """Return the plan for *repeats* generations in all, in windows of at least *shortest_s*: by default 2 s and a tick.
+    """Return the plan for *repeats* generations in all, in windows of *shortest_s* at least: by default 2 s and a tick.
 
     How many generations that takes is what one took in the warm-up, and only a guess: a window goes on until it is long
     enough.
     """
     rounds = min(ROUNDS, repeats)
+    if shortest_s is None:
+        shortest_s = SHORTEST_WINDOW_S + TICK_S
 
     def spread(one_s: float) -> tuple[int, ...]:
         total = max(repeats, rounds * math.ceil(shortest_s / max(one_s, 1e-4)))
@@ -67,9 +67,11 @@ def warm_up(rig: Rig) -> PlanFacts:
     rig.annotator.drain()
     generate_s = prefill_s + per_token_s * (rig.options.new_tokens - 1)
     repeats = rig.options.repeats or (REPEATS if generate_s <= LONG_S else ROUNDS)
-    if rig.meters:
+    unweighed_s = rig.options.unweighed_window_s
+    if rig.meters or unweighed_s is None:
         return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s)
-    return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s, SHORTEST_UNWEIGHED_S)
+    # Without a counter there is no tick to outlast.
+    return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s, unweighed_s)
 
 
 def idle(rig: Rig, seconds: float = IDLE_WINDOW_S) -> None:
