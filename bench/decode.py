@@ -53,11 +53,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="folder for the run folders")
     parser.add_argument("--from", dest="study", type=Path, help="folder with run folders that are there already")
-    parser.add_argument("--code", default="", help="commit whose code made them")
+    parser.add_argument("--code", default="", help="commit whose code made the runs of --from")
     parser.add_argument("--only", nargs="*", default=list(every), help="cases, by any part of their names")
     parser.add_argument("--results", type=Path)
     arguments = parser.parse_args()
-    file = (arguments.results or RESULTS) / f"decode-{slug()}.json"
+    gpu = of_runs(arguments.study) if arguments.study is not None else None
+    file = (arguments.results or RESULTS) / f"decode-{slug(gpu)}.json"
     kept = {c["name"]: c for c in json.loads(file.read_text())["cases"]} if file.exists() else {}
     if arguments.study is not None:
         for folder in sorted(arguments.study.glob("*/run.json")):
@@ -66,7 +67,9 @@ def main() -> None:
             if run.complete and name in every:
                 note = f"code of {arguments.code}; {run.facts.options.repeats} windows" if arguments.code else ""
                 kept[name] = told_of(name, every[name], run, note)
-        write("decode", [kept[n] for n in every if n in kept], arguments.results)
+        # Of the machine that ran them: this one has no GPU.
+        more = {"environment": json.loads(file.read_text())["environment"]} if file.exists() else {}
+        write("decode", [kept[n] for n in every if n in kept], arguments.results, gpu, **more)
         return
     arguments.runs.mkdir(parents=True, exist_ok=True)
     for name in [n for n in every if any(n == part or (part not in every and part in n) for part in arguments.only)]:
@@ -75,6 +78,12 @@ def main() -> None:
         print(name, told, kept[name]["note"][-200:], flush=True)
         # Rewritten after every run: a session that ends early keeps what it measured.
         write("decode", [kept[n] for n in every if n in kept], arguments.results)
+
+
+def of_runs(folder: Path) -> str | None:
+    """Return the GPU that the runs in *folder* are of."""
+    first = next(iter(sorted(folder.glob("*/run.json"))), None)
+    return None if first is None else RunFolder(first.parent).facts.device.name
 
 
 def measured(name: str, options: list[str], runs: Path) -> dict[str, Any]:
@@ -142,9 +151,9 @@ def table(document: dict[str, Any]) -> list[str]:
             continue
         step, joules = (
             f"{e['value'] * f:.{p}f} [{e['low'] * f:.{p}f}, {e['high'] * f:.{p}f}]"
-            for e, f, p in ((m["step"], 1e3, 2), (m["token_energy"], 1.0, 2))
+            for e, f, p in ((m["step"], 1e3, 2), (m["token_energy"], 1.0, 2 if m["token_energy"]["value"] > 1 else 3))
         )
-        least = f"{m['least_step']['value'] * 1e3:.2f} and {m['least_token_energy']['value']:.2f}"
+        least = f"{m['least_step']['value'] * 1e3:.2f} and {m['least_token_energy']['value']:.3f}"
         rows.append(f"| {found['name']} | {step} | {joules} | {m['read_rate']['value'] / 1e12:.2f} | {least} |")
     return rows
 

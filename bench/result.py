@@ -58,7 +58,7 @@ def slug(gpu: str | None = None) -> str:
 def _command(bench: str) -> str:
     # Where the files went says nothing of what was measured.
     return re.sub(
-        r" --(results|runs|peer-python) \S+| --of( \S+)+",
+        r" --(results|runs|from|figures|peer-python) \S+| --of( \S+)+",
         "",
         shlex.join(["python", "-m", f"bench.{bench.partition('-')[0]}", *sys.argv[1:]]),
     )

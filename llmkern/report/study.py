@@ -16,7 +16,7 @@ from rich.text import Text
 from llmkern.runfolder.place import placed
 from llmkern.study.statement import StudyStatement
 
-_VERDICTS = {"seen": "green", "seen in part": "yellow", "not seen": "red"}
+_VERDICTS = {"seen": "green", "seen in part": "yellow", "not seen": "red", "cannot be told": "dim"}
 _METHOD = (
     "Each configuration ran in a process of its own, in random order; latency and energy were weighed in windows of at "
     "least two seconds (half a second where there is no energy) with nothing attached but the sensors. "

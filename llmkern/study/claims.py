@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +12,12 @@ from llmkern.study.collect import GENERATE, Pooled
 from llmkern.text import with_interval
 
 SEEN, PARTLY, NOT_SEEN, UNKNOWN = "seen", "seen in part", "not seen", "not measured"
+# The intervals hold what is claimed and what is not.
+UNCLEAR = "cannot be told"
 # Two figures are "about the same" within this factor, a curve is flat within that one.
 _ALIKE, _FLAT = 1.25, 1.10
+# By so much an interval may reach beyond what is claimed.
+_SLACK = 1.2
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,37 @@ def called(one: Pooled) -> str:
     return f"{axes['model']}{batch}{f', {length}' if length else ''}"
 
 
-def _judged(said: str, found: dict[str, Estimate], holds: Callable[[Estimate], bool], least: int = 1) -> Claim:
-    """Return the claim with a verdict by how many of *found* it *holds* for."""
+def _judged(said: str, found: dict[str, Estimate], low: float, high: float) -> Claim:
+    """Return the claim that all of *found* lie in [*low*, *high*], with a verdict by how many do."""
     if not found:
         return Claim(said, UNKNOWN)
-    true = [name for name, estimate in found.items() if holds(estimate)]
-    verdict = SEEN if len(true) == len(found) else PARTLY if len(true) >= least else NOT_SEEN
-    return Claim(said, verdict, tuple(f"{name}: {_times(estimate)}" for name, estimate in found.items()))
+    numbers = tuple(f"{name}: {_times(estimate)}" for name, estimate in found.items())
+    return Claim(said, _verdict([_lies_in(estimate, low, high) for estimate in found.values()]), numbers)
+
+
+def _verdict(held: list[bool | None]) -> str:
+    """Return the verdict over cases that hold, do not, or cannot be told (None)."""
+    known = [each for each in held if each is not None]
+    if len(known) < max(1, len(held) / 2):
+        return UNCLEAR
+    if all(known):
+        return SEEN if len(known) == len(held) else PARTLY
+    return PARTLY if any(known) else NOT_SEEN
+
+
+def _lies_in(estimate: Estimate, low: float, high: float) -> bool | None:
+    """Return whether *estimate* lies in [*low*, *high*]; None where its interval is in there and far outside."""
+    first, last = (estimate.value if end is None else end for end in (estimate.low, estimate.high))
+    if first > high or last < low:
+        return False
+    inside = first >= low / _SLACK and last <= high * _SLACK
+    return True if inside else None
 
 
 def _times(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return f"× {estimate.value:.2f}"
     return f"× {estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
-
-
-def _overlaps(estimate: Estimate, low: float, high: float) -> bool:
-    """Return whether the interval of *estimate* (its value where there is none) meets [low, high]."""
-    ends = (estimate.value if e is None else e for e in (estimate.low, estimate.high))
-    first, last = ends
-    return first <= high and last >= low
 
 
 def _prefill_falls(configurations: list[Pooled]) -> Claim:
@@ -96,8 +110,14 @@ def _prefill_falls(configurations: list[Pooled]) -> Claim:
     if not found:
         return Claim(said, UNKNOWN)
     most = max(found.values(), key=lambda ratio: ratio.value)
-    falls = all(_above(ratio, 1.0) for ratio in found.values())
-    verdict = SEEN if _overlaps(most, 4.0, 1e9) and falls else PARTLY if _above(most, 1.0) else NOT_SEEN
+    falls = [_above(ratio, 1.0) for ratio in found.values()]
+    told = all(ratio.low is not None for ratio in found.values())
+    if not told or (not any(falls) and not all(_below(ratio, _ALIKE) for ratio in found.values())):
+        verdict = UNCLEAR
+    elif all(falls) and _lies_in(most, 4.0, 1e9) is not False:
+        verdict = SEEN
+    else:
+        verdict = PARTLY if any(falls) else NOT_SEEN
     return Claim(said, verdict, tuple(f"{name}: {_times(ratio)}" for name, ratio in found.items()))
 
 
@@ -116,19 +136,19 @@ def _flat_over_floats(configurations: list[Pooled]) -> Claim:
     for over in ("bf16", "fp16"):
         for name, ratio in ratios(configurations, DECODE, "energy_per_output_token", over, "fp32").items():
             found[f"{over} / fp32, {name}"] = ratio
-    return _judged(said, found, lambda ratio: _overlaps(ratio, 1 / _ALIKE, _ALIKE))
+    return _judged(said, found, 1 / _ALIKE, _ALIKE)
 
 
 def _int8_costs_more(configurations: list[Pooled]) -> Claim:
     said = "int8 (LLM.int8()) takes 2 to 3 times the energy of fp32 in decode."
     found = ratios(configurations, DECODE, "energy_per_output_token", "int8", "fp32")
-    return _judged(said, found, lambda ratio: _overlaps(ratio, 2.0, 3.0))
+    return _judged(said, found, 2.0, 3.0)
 
 
 def _int4_costs_the_same(configurations: list[Pooled]) -> Claim:
     said = "int4 (NF4) takes about the energy of fp32 in decode."
     found = ratios(configurations, DECODE, "energy_per_output_token", "int4", "fp32")
-    return _judged(said, found, lambda ratio: _overlaps(ratio, 1 / _ALIKE, _ALIKE))
+    return _judged(said, found, 1 / _ALIKE, _ALIKE)
 
 
 def by_batch(configurations: list[Pooled], phase: str, measure: str) -> dict[str, dict[int, Estimate]]:
@@ -202,7 +222,7 @@ def _plateau(configurations: list[Pooled]) -> Claim:
     for name, curve in by_batch(configurations, PREFILL, "energy_per_computed_input_token").items():
         *_, before, last = list(curve)
         found[f"{name}: batch {last} / batch {before}"] = curve[last].with_(curve[before].of_another_run(), np.divide)
-    return _judged(said, found, lambda ratio: _overlaps(ratio, 1 / _FLAT, _FLAT))
+    return _judged(said, found, 1 / _FLAT, _FLAT)
 
 
 def _falls_with_batch(configurations: list[Pooled]) -> Claim:

@@ -11,7 +11,7 @@ import pytest
 from llmkern.errors import UsageError
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
-from llmkern.study.claims import NOT_SEEN, PARTLY, SEEN, UNKNOWN, claims, optimum
+from llmkern.study.claims import NOT_SEEN, PARTLY, SEEN, UNCLEAR, UNKNOWN, _lies_in, _verdict, claims, optimum
 from llmkern.study.collect import GENERATE, collect, pooled
 from llmkern.study.macro import macro
 from llmkern.study.statement import state
@@ -145,6 +145,29 @@ def test_claims_over_precisions_are_not_seen_where_they_do_not_hold(tmp_path: Pa
         )
     found = verdicts(tmp_path)
     assert [found[name] for name in ("Prefill take", "Decode takes", "int8 (LLM.in")] == [NOT_SEEN] * 3
+
+
+@pytest.mark.parametrize(
+    ("held", "verdict"),
+    [
+        ([True, True], SEEN),
+        ([True, False], PARTLY),
+        ([True, True, None], PARTLY),
+        ([False, False], NOT_SEEN),
+        ([None, None], UNCLEAR),
+        ([True, None, None], UNCLEAR),
+        ([False, None, None], UNCLEAR),
+    ],
+)
+def test_what_the_intervals_leave_open_is_no_verdict(held: list[bool | None], verdict: str) -> None:
+    assert _verdict(held) == verdict
+
+
+def test_a_wide_interval_shows_nothing() -> None:
+    assert _lies_in(Estimate(0.85, 0.39, 1.40), 0.8, 1.25) is None
+    assert _lies_in(Estimate(1.0, 0.9, 1.1), 0.8, 1.25) is True
+    assert _lies_in(Estimate(2.70, 2.27, 3.46), 2.0, 3.0) is True
+    assert _lies_in(Estimate(1.4, 1.3, 1.5), 0.8, 1.25) is False
 
 
 def test_the_best_batch_size_has_an_interval_and_padding_its_price(tmp_path: Path) -> None:
