@@ -82,6 +82,7 @@ def make_bases(folder: Path) -> None:
         warmup=1,
         repeats=1,
         trace_repeats=1,
+        unweighed_window_s=0.2,
         out=folder / "cpu",
     )
     trace(small, Stages(quiet=True))

@@ -48,7 +48,18 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("cli") / "run"
     done = llmkern(
         *("--model", "qwen-tiny", "--precision", "bf16", "--device", "cpu", "--out", str(out)),
-        *("--prompt-tokens", "24", "--new-tokens", "16", "--warmup", "1", "--repeats", "6"),
+        *(
+            "--prompt-tokens",
+            "24",
+            "--new-tokens",
+            "16",
+            "--warmup",
+            "1",
+            "--repeats",
+            "6",
+            "--unweighed-window-s",
+            "0.2",
+        ),
         module="llmkern.trace",
     )
     assert done.returncode == 0, done.stderr
@@ -184,7 +195,8 @@ def assert_readable_until(killed_ns: int, out: Path, *tables: str) -> None:
 def test_kill_9_leaves_a_readable_run(tmp_path: Path) -> None:
     """U5: on a slow machine this test failed; now it waits for what was written and not for a time."""
     out = tmp_path / "run"
-    small = ("--prompt-tokens", "16", "--warmup", "1", "--new-tokens", "8", "--repeats", "1")
+    # Tokens enough that a busy machine cannot hide their time: with few of them decode is not known by difference.
+    small = ("--prompt-tokens", "16", "--warmup", "1", "--new-tokens", "64", "--repeats", "3")
     killed_ns = killed_while_timing(out, "--device", "cpu", *small)
     assert not out.exists()
     assert_readable_until(killed_ns, out, "kernels", "ranges")

@@ -152,6 +152,7 @@ def test_r11_no_roof_is_above_the_data_sheet() -> None:
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("traced") / "run"
     how = ("--device", "cpu", "--prompt-tokens", 16, "--new-tokens", 4, "--repeats", 3, "--quick", "--out", out)
+    how += ("--unweighed-window-s", 0.2)
     done = llmkern("trace", "--model", "qwen-tiny", "--precision", "fp32", *how)
     assert done.returncode == 0, done.stderr[-800:]
     return out

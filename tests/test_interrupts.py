@@ -77,7 +77,14 @@ def interrupted_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) 
 
     monkeypatch.setattr(session, stage, ended)
     options = TraceOptions(
-        "qwen-tiny", device="cpu", prompt_tokens=8, new_tokens=4, warmup=1, repeats=1, out=tmp_path / "run"
+        "qwen-tiny",
+        device="cpu",
+        prompt_tokens=8,
+        new_tokens=4,
+        warmup=1,
+        repeats=1,
+        unweighed_window_s=0.2,
+        out=tmp_path / "run",
     )
     try:
         with pytest.raises(InterruptedRunError, match=r"ended by SIGTERM") as caught:
@@ -118,7 +125,14 @@ def test_a_signal_after_the_merge_does_not_undo_a_complete_run(tmp_path: Path, m
 
     monkeypatch.setattr(session, "keep_replays", ended)
     options = TraceOptions(
-        "qwen-tiny", device="cpu", prompt_tokens=8, new_tokens=4, warmup=1, repeats=1, out=tmp_path / "run"
+        "qwen-tiny",
+        device="cpu",
+        prompt_tokens=8,
+        new_tokens=4,
+        warmup=1,
+        repeats=1,
+        unweighed_window_s=0.2,
+        out=tmp_path / "run",
     )
     with pytest.raises(InterruptedRunError, match="after the run was complete"):
         session.trace(options, Stages(quiet=True))
@@ -136,7 +150,14 @@ def test_an_unforeseen_error_leaves_a_true_status(
 
     monkeypatch.setattr(session, "record_timelines", fail)
     options = TraceOptions(
-        "qwen-tiny", device="cpu", prompt_tokens=8, new_tokens=4, warmup=1, repeats=1, out=tmp_path / "run"
+        "qwen-tiny",
+        device="cpu",
+        prompt_tokens=8,
+        new_tokens=4,
+        warmup=1,
+        repeats=1,
+        unweighed_window_s=0.2,
+        out=tmp_path / "run",
     )
     with pytest.raises((ValueError, OSError, LlmkernError)):
         session.trace(options, Stages(quiet=True))

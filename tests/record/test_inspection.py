@@ -93,6 +93,7 @@ def test_a_run_knows_the_operator_of_every_kernel(tmp_path: Path, precision: str
         new_tokens=6,
         warmup=1,
         repeats=2,
+        unweighed_window_s=0.2,
         out=tmp_path / "run",
     )
     run = RunFolder(session.trace(options, Stages(quiet=True)))

@@ -78,6 +78,7 @@ def test_without_nvml_there_is_no_power_and_no_error(annotator: Annotator) -> No
 def test_annotate_only_weighs_and_says_what_is_missing(tmp_path: Path) -> None:
     out = tmp_path / "run"
     small = ("--prompt-tokens", "16", "--new-tokens", "4", "--warmup", "1", "--repeats", "2", "--trace-repeats", "2")
+    small += ("--unweighed-window-s", "0.2")
     done = llmkern("trace", "--model", "qwen-tiny", "--device", "cpu", "--annotate-only", "--out", str(out), *small)
     assert done.returncode == 0, done.stderr
     assert f"llmkern import CAPTURE.sqlite --energy {out}" in " ".join(done.stdout.split())

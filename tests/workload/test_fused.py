@@ -127,7 +127,7 @@ def test_more_tokens_than_places_are_refused() -> None:
 
 def test_the_engine_is_recorded_and_reported_whole(tmp_path: Path) -> None:
     options = ("--prompt-tokens", "8", "--new-tokens", "4", "--repeats", "1", "--warmup", "1", "--trace-repeats", "1")
-    where = ("--device", "cpu", "--quick", "--quiet", "-o", tmp_path / "run")
+    where = ("--device", "cpu", "--quick", "--quiet", "--unweighed-window-s", "0.2", "-o", tmp_path / "run")
     done = llmkern("trace", "--model", "qwen-tiny", "--engine", "fused", *options, *where, "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
