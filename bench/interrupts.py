@@ -39,9 +39,11 @@ from llmkern.runfolder.vocabulary import COMPLETE, INTERRUPTED, KILLED
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 # Of the rows that a pump had not yet written, and the time it takes to write them.
 MOST_LOST_S = 1.0
-_WORKLOAD = ("--model", "qwen-tiny", "--device", "cpu", "--prompt-tokens", "16", "--new-tokens", "8", "--warmup", "1")
-# There is no energy on a CPU: windows need not outlast a tick.
-_WORKLOAD += ("--unweighed-window-s", "0.5")
+_WORKLOAD = (
+    *("--model", "qwen-tiny", "--device", "cpu", "--prompt-tokens", "16", "--new-tokens", "8", "--warmup", "1"),
+    # There is no energy on a CPU: windows need not outlast a tick.
+    *("--unweighed-window-s", "0.5"),
+)
 # Stages in which something is being recorded.
 _PUMPED = ("Weighing", "Timing", "Inspecting")
 # Figures by phase and name.
