@@ -45,6 +45,7 @@ def rooms(*names: str) -> list[Path]:
         # What a report says is in the statement: it renders that and reads no table.
         ("report", ("record", "workload", "session", "attribute", "runfolder.reader", "runfolder.RunFolder")),
         ("exchange", ("record", "workload", "commands", "session")),
+        ("serve", ("explain", "report", "exchange", "commands", "evaluate", "kernels")),
         ("study", ("explain", "report", "exchange", "commands", "evaluate", "kernels")),
         ("evaluate", ("explain", "report", "exchange", "commands", "session")),
         (

@@ -26,6 +26,7 @@ _COMMANDS = {
     "report": ("report", "Print the report of run folder RUN again, or write it as JSON, CSV or an HTML page."),
     "evaluate": ("evaluate", "Say of a kernel whether it is right, how fast, and what a call costs in joules."),
     "study": ("study", "Run a plan of many configurations, and show what all of them say together."),
+    "serve-study": ("serve_study", "Serve requests that arrive in different ways, and say what one of them takes."),
     "collect": ("collect", "Put many runs into one frame, with figures, and say what they say together."),
     "diff": ("diff", "Say where the difference between two runs went, or how several stand beside a baseline."),
     "macro": ("macro", "Say what a day of requests takes by each of two runs: kWh, households, kg of CO2."),

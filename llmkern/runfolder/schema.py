@@ -133,6 +133,31 @@ TABLES: dict[str, pa.Schema] = {
             ("uncertainty_ns", pa.int64()),
         ]
     ),
+    # Of a server: a request as it was asked for and answered, an iteration of its loop, and how many tokens of a
+    # request that computed; request and iteration are numbers from 0.
+    "requests": pa.schema(
+        [
+            ("request", pa.int64()),
+            ("intended_ns", pa.int64()),
+            ("sent_ns", pa.int64()),
+            ("first_token_ns", pa.int64()),
+            ("last_token_ns", pa.int64()),
+            ("prompt_tokens", pa.int64()),
+            ("output_tokens", pa.int64()),
+            ("status", _LABEL),
+            ("reason", _LABEL),
+        ]
+    ),
+    "iterations": pa.schema([("iteration", pa.int64()), ("start_ns", pa.int64()), ("end_ns", pa.int64())]),
+    "processed": pa.schema(
+        [
+            ("iteration", pa.int64()),
+            ("request", pa.int64()),
+            ("prefill_tokens", pa.int64()),
+            ("decode_tokens", pa.int64()),
+            ("new_tokens", pa.int64()),
+        ]
+    ),
     "attribution": pa.schema(
         [
             ("device", pa.int32()),
@@ -186,6 +211,9 @@ _GRID = {f"{part}_{axis}": 0 for part in ("grid", "block") for axis in "xyz"}
 # A board of 100 kW, a die of 300 °C: what is beyond is no reading.
 _MOST_MW, _LEAST_C, _MOST_C = 10**8, -100, 300
 _STEPS = {"token": 0, "round": 0, "repeat": 0, "new_tokens": 1}
+
+_REQUEST = ("intended_ns", "sent_ns", "first_token_ns", "last_token_ns")
+_TOKENS = ("prefill_tokens", "decode_tokens", "new_tokens")
 
 RULES: dict[str, Rules] = {
     "kernels": Rules(
@@ -242,6 +270,24 @@ RULES: dict[str, Rules] = {
         least={"timestamp_ns": 0, "device": 0, "energy_mj": 0, "uncertainty_ns": 0},
         most={"timestamp_ns": LATEST_NS, "energy_mj": 2**60},
         rising=("energy_mj", "timestamp_ns", ("device", "sensor")),
+    ),
+    "requests": Rules(
+        needed=("request", "intended_ns", "status"),
+        least=dict.fromkeys((*_REQUEST, "request", "prompt_tokens", "output_tokens"), 0),
+        most={**dict.fromkeys(_REQUEST, LATEST_NS), "prompt_tokens": 2**40, "output_tokens": 2**40},
+        unique=("request",),
+    ),
+    "iterations": Rules(
+        needed=("iteration", "start_ns", "end_ns"),
+        least={**_TIMES, "iteration": 0},
+        most=_LATEST,
+        span=True,
+        unique=("iteration",),
+    ),
+    "processed": Rules(
+        needed=("iteration", "request", "prefill_tokens", "decode_tokens", "new_tokens"),
+        least=dict.fromkeys(("iteration", "request", *_TOKENS), 0),
+        most=dict.fromkeys(_TOKENS, 2**40),
     ),
     "attribution": Rules(),
 }

@@ -9,6 +9,8 @@ DOMAIN = "llmkern"
 # from the two.
 SELFTEST, WEIGH, CALLS, TIME, INSPECT, REPLAY = "selftest", "weigh", "calls", "time", "inspect", "replay"
 BARE, RECORDED = "bare", "recorded"
+# Requests that arrive at a server.
+SERVE = "serve"
 # Those with a timeline, in the order in which they are recorded.
 TRACED = (CALLS, TIME)
 

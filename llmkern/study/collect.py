@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.attribution import attribute
-from llmkern.attribute.energy.phases import PhaseWeight, Weighed
+from llmkern.attribute.energy.phases import PhaseWeight, Weighed, weigh_phases
 from llmkern.errors import LlmkernError, UsageError
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
@@ -162,7 +162,8 @@ def read_run(path: Path) -> Run:
         raise UsageError(f"it is {run.status}, not complete.")
     if facts.imported is not None or facts.prompts is None:
         raise UsageError("it is a capture of another tool: nothing was weighed.")
-    weighed = attribute(run).weighed
+    # Kernels, where there are any, say nothing here.
+    weighed = weigh_phases(run, facts.device.counter, facts.device.counted)
     if weighed is None or not weighed.phases:
         told = " ".join(weighed.unknown.values()) if weighed is not None else "no window was weighed."
         raise UsageError(told)
@@ -193,8 +194,8 @@ def axes_of(facts: RunFacts) -> dict[str, Any]:
 def _draw(facts: RunFacts) -> int:
     if facts.options.prompts is None:
         return facts.options.seed
-    last = Path(facts.options.prompts).stem.rpartition("-d")[2]
-    return int(last) if last.isdigit() else 0
+    found = re.search(r"-b\d+-d(\d+)", Path(facts.options.prompts).stem)
+    return int(found[1]) if found else 0
 
 
 def tokens_of(facts: RunFacts) -> Tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -97,20 +98,24 @@ def most_informative(
 
     Of as many new pairs the cheaper run is taken; one that no longer fits gives way to a cheaper one.
     """
-    left, seen = list(runs), set[frozenset[tuple[str, object]]]()
-    taken, spent_s = [], 0.0
-
-    def pairs(one: Configuration) -> set[frozenset[tuple[str, object]]]:
-        values = [(name, getattr(one, name)) for name in one.__dataclass_fields__]
-        return {frozenset(pair) for pair in itertools.combinations(values, 2)}
-
-    while left:
-        left = [one for one in left if spent_s + guessed_s(one.name) <= budget_s]
-        if not left:
-            break
-        best = max(left, key=lambda one: (len(pairs(one) - seen), -guessed_s(one.name)))
-        left.remove(best)
-        taken.append(best)
-        spent_s += guessed_s(best.name)
-        seen |= pairs(best)
+    values = {one: [(name, getattr(one, name)) for name in one.__dataclass_fields__ if name != "draw"] for one in runs}
+    pairs = {one: {frozenset(pair) for pair in itertools.combinations(found, 2)} for one, found in values.items()}
+    # What a run would show new only falls as others are taken: what it was before is enough to know who comes next.
+    waiting = [(-len(pairs[one]), guessed_s(one.name), number) for number, one in enumerate(runs)]
+    heapq.heapify(waiting)
+    taken: list[Configuration] = []
+    seen: set[frozenset[tuple[str, object]]] = set()
+    spent_s = 0.0
+    while waiting:
+        known, each_s, number = heapq.heappop(waiting)
+        one = runs[number]
+        if spent_s + each_s > budget_s:
+            continue
+        new = len(pairs[one] - seen)
+        if new < -known:
+            heapq.heappush(waiting, (-new, each_s, number))
+            continue
+        taken.append(one)
+        spent_s += each_s
+        seen |= pairs[one]
     return taken

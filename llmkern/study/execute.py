@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llmkern.errors import LlmkernError, RecordingError, RunFolderError, UsageError
 from llmkern.runfolder import RunFolder
@@ -138,8 +138,19 @@ def done(folder: Path, task: Task) -> bool:
         return False
     if not run.complete:
         return False
-    facts = asdict(run.facts.options)
-    return all(facts.get(key) == value for key, value in task.options.items() if key in facts and key != "prompts")
+    facts = {**asdict(run.facts.options), "prompts": Path(run.facts.options.prompts or "").name}
+    wanted = {**task.options, "prompts": Path(task.options.get("prompts") or "").name}
+    return all(facts[key] == value for key, value in wanted.items() if key in facts)
+
+
+class Named(Protocol):
+    """Whatever a process is made for: its name, and the options that it gets."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def options(self) -> dict[str, Any]: ...
 
 
 Work = Callable[[dict[str, Any], str], None]
@@ -180,14 +191,14 @@ def execute(study: Study, tasks: list[Task], work: Work, order: Order, say: Call
         guess, rest = _told(costs.of([task.name])), _told(costs.of([one.name for one in [task, *left]]))
         say(f"{number} of {len(missing)}: {task.name} (about {guess}; {rest} to the end)")
         run_s = time.monotonic()
-        code, log = _in_child(study.folder, task, work)
+        code, log = in_child(study.folder, task, work)
         elapsed_s = round(time.monotonic() - run_s, 3)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if code == 0 and done(study.folder, task):
             study.note(task.name, status=COMPLETE, reason="", elapsed_s=elapsed_s, ended=now)
             costs = Costs(costs.guessed_s, study.took_s)
         else:
-            reason = _reason(log, code)
+            reason = why(log, code)
             study.note(task.name, status=FAILED, reason=reason, elapsed_s=elapsed_s, ended=now)
             say(f"  failed: {reason}")
 
@@ -196,7 +207,7 @@ def _told(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
-def _in_child(folder: Path, task: Task, work: Work) -> tuple[int, Path]:
+def in_child(folder: Path, task: Named, work: Work) -> tuple[int, Path]:
     """Run *task* in a new process and return its exit code and its log."""
     log = folder / LOGS / f"{task.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +247,7 @@ def guarded(work: Work, options: dict[str, Any], log: str) -> None:
     work(options, log)
 
 
-def _reason(log: Path, code: int) -> str:
+def why(log: Path, code: int) -> str:
     """Return why a run failed: the sentence that it ended with, or the signal."""
     with suppress(OSError):
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()

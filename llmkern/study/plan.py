@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
+from collections import Counter
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -144,7 +145,7 @@ class Source:
             raise UsageError(
                 f"{self.at('axes')}: these axes make {total:,} runs, at most {MOST_RUNS:,} are possible: shorten one."
             )
-        found = []
+        found: dict[Configuration, None] = {}
         for values in itertools.product(*(getattr(axes, axis) for axis in axes.__struct_fields__)):
             one = dict(zip(axes.__struct_fields__, values, strict=True))
             if any(all(one.get(key) == value for key, value in left.items()) for left in self.plan.exclude):
@@ -154,16 +155,13 @@ class Source:
             if one["prompts"]:
                 # Lengths are those of the prompts.
                 one |= {"prompt_tokens": 0, "new_tokens": 0}
-            made = Configuration(**one)
-            if made not in found:
-                found.append(made)
+            found[Configuration(**one)] = None
         if not found:
             raise UsageError(f"{self.at('exclude')}: nothing is left of the plan: exclude less.")
-        names = [one.name for one in found]
-        same = next((name for name in names if names.count(name) > 1), None)
-        if same is not None:
+        same, times = Counter(one.name for one in found).most_common(1)[0]
+        if times > 1:
             raise UsageError(f"{self.name}: two runs would be called {same}: give models and prompts clearer names.")
-        return found
+        return list(found)
 
 
 def read_plan(which: str, changed: dict[str, list[Any]], options: dict[str, Any]) -> Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,10 @@ def write_prompts(source: Source, one: Configuration, folder: Path) -> tuple[Pat
     lines = pool(prompts, source.at("prompts", one.prompts), source.folder)
     chosen = batch_of(lines, one.batch, draws.index(one.draw), len(draws))
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{one.prompts}-b{one.batch}-d{one.draw}.jsonl"
-    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen), encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen).encode()
+    # Its name says what is in it: a run of other prompts is not the same run.
+    file = folder / f"{one.prompts}-b{one.batch}-d{one.draw}-{zlib.crc32(text):08x}.jsonl"
+    file.write_bytes(text)
     longest = max(_size(line) for line in chosen)
     return file, longest, max(2, *(int(line["output_tokens"]) for line in chosen))
 

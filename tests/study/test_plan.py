@@ -158,6 +158,24 @@ def test_the_most_informative_runs_come_first_and_fit_the_budget() -> None:
     assert most_informative(runs, cost.__getitem__, 5.0) == []
 
 
+def test_thousands_of_runs_are_no_wait() -> None:
+    axes = {"batch": list(range(1, 101)), "prompt_tokens": list(range(1, 101)), "model": ["qwen-7b"]}
+    runs = read_plan("precision", {**axes, "precision": ["bf16"]}, {}).configurations()
+    assert len(runs) == 10_000
+    taken = most_informative(runs, lambda name: 1.0, 150.0)
+    # A value of each axis that was not met before, as long as there is one.
+    assert len({one.batch for one in taken[:100]}) == len({one.prompt_tokens for one in taken[:100]}) == 100
+
+
+def test_other_prompts_are_another_run(tmp_path: Path) -> None:
+    files = []
+    for seed in (0, 1):
+        text = AXES + f'prompts = ["x"]\n[prompts.x]\nseed = {seed}\nlengths = {LENGTHS}\noutputs = {LENGTHS}\n'
+        source = read_plan(plan(tmp_path, text), {}, {})
+        files.append(write_prompts(source, source.configurations()[0], tmp_path)[0].name)
+    assert files[0] != files[1]
+
+
 def test_larger_runs_are_guessed_to_take_longer() -> None:
     (one,) = read_plan("precision", {"model": ["qwen-7b"], "precision": ["bf16"]}, {}).configurations()
     small, large = (Size("cuda", n, 2 * n, 28, 512, 32) for n in (5 * 10**8, 14 * 10**9))

@@ -1,0 +1,179 @@
+"""Joules of each request of a server, also inside a shared batch: requests + idle = what the counter moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.energy.counter import EnergyCurve, counter_of
+from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
+from llmkern.errors import UsageError
+from llmkern.estimate import Estimate, from_samples
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.vocabulary import IDLE, SERVE, WINDOW
+
+# Iterations with less than so many ticks between them are weighed together: the counter cannot tell them apart.
+_APART_TICKS = 3.0
+# An interval wants several parts of a run that are apart from each other.
+_BLOCKS = 10
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a server did in one window and what it took; joules are None without an energy counter.
+
+    ``requests`` has the rows of table requests with ``ttft_s`` and ``latency_s`` from the *intended* moment, and
+    ``floor_j``, ``dynamic_j``, ``energy_j``; ``iterations`` has batch, prefill_tokens, decode_tokens and these three.
+    ``counter_j`` = sum of the requests + ``idle_j``; ``unclaimed_j`` of the latter is of iterations without a request.
+    """
+
+    requests: pd.DataFrame
+    iterations: pd.DataFrame
+    start_ns: int
+    end_ns: int
+    busy_s: float
+    counter_j: float | None = None
+    idle_j: float | None = None
+    unclaimed_j: float = 0.0
+    floor: Floor | None = None
+
+    @property
+    def seconds(self) -> float:
+        return (self.end_ns - self.start_ns) / 1e9
+
+    def per_request_j(self, *, with_idle: bool = True) -> Estimate | None:
+        """Return the J of a finished request, with its share of the idle time or without.
+
+        The interval is of up to ten blocks of requests one after the other: neighbours share batches, so that they are
+        no samples of their own.
+        """
+        done = self.requests[self.requests["status"] == "finished"].sort_values("intended_ns")
+        if self.counter_j is None or self.idle_j is None or done.empty:
+            return None
+        total = self.counter_j if with_idle else self.counter_j - self.idle_j
+        value = float(total / len(done))
+        blocks = np.array_split(np.arange(len(done)), min(_BLOCKS, len(done) // 2 or 1))
+        if len(blocks) < 3:
+            return Estimate(value, samples=1)
+        joules = done["energy_j"].to_numpy()
+        spread = from_samples([float(joules[block].mean()) for block in blocks])
+        own = float((self.counter_j - self.idle_j) / len(done))
+        if spread.draws is None or not own or not spread.value:
+            return Estimate(value, samples=len(blocks))
+        # The blocks say how far the mean may be off, in shares of it; idle joules are of the whole run.
+        return Estimate.of(
+            value, (total - self.counter_j + self.idle_j) / len(done) + own * spread.draws / spread.value
+        )
+
+
+def served(run: RunFolder, sensor: str | None = None, device: int | None = None) -> Served:
+    """Return what the server of *run* did and took; raises UsageError for a run that served nothing."""
+    facts = run.facts.device
+    sensor, device = sensor or facts.counter, facts.counted if device is None else device
+    ranges = run.table("ranges")
+    ranges = ranges[ranges["pass"] == SERVE]
+    windows = ranges[ranges["category"] == WINDOW]
+    if windows.empty or not run.has("requests"):
+        raise UsageError(f"{run.path} served no requests: make one with 'llmkern serve-study'.")
+    start_ns, end_ns = int(windows["start_ns"].iloc[-1]), int(windows["end_ns"].iloc[-1])
+    requests, iterations, processed = (run.table(name) for name in ("requests", "iterations", "processed"))
+    # What was warmed up with is none of it.
+    iterations = iterations[(iterations["start_ns"] >= start_ns) & (iterations["end_ns"] <= end_ns)]
+    iterations = iterations.sort_values("start_ns").reset_index(drop=True)
+    processed = processed[processed["iteration"].isin(iterations["iteration"])]
+    iterations = _with_tokens(iterations, processed)
+    requests = _timed(requests)
+    busy_s = float((iterations["end_ns"] - iterations["start_ns"]).sum()) / 1e9
+    curve = counter_of(run, sensor, device)
+    power = run.table("power")
+    if device is not None:
+        power = power[power["device"] == device]
+    temperature = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
+    floor = measure_floor(curve, ranges[ranges["category"] == IDLE], temperature) if curve is not None else None
+    framed = None if curve is None or floor is None else curve.window(start_ns, end_ns)
+    if curve is None or floor is None or framed is None:
+        nothing = dict.fromkeys(("floor_j", "dynamic_j", "energy_j"), np.nan)
+        return Served(requests.assign(**nothing), iterations.assign(**nothing), start_ns, end_ns, busy_s)
+    floor_w = floor.at(mean_temperature(temperature, windows)).value
+    counter_j = framed[2] - floor_w * ((framed[1] - framed[0]) - (end_ns - start_ns)) / 1e9
+    iterations = weighed_iterations(iterations, curve, floor_w)
+    requests, unclaimed_j = shared(requests, iterations, processed)
+    idle_j = counter_j - float(requests["energy_j"].sum())
+    return Served(requests, iterations, start_ns, end_ns, busy_s, counter_j, idle_j, unclaimed_j, floor)
+
+
+def _with_tokens(iterations: pd.DataFrame, processed: pd.DataFrame) -> pd.DataFrame:
+    each = processed.groupby("iteration").agg(
+        batch=("request", "size"), prefill_tokens=("prefill_tokens", "sum"), decode_tokens=("decode_tokens", "sum")
+    )
+    joined = iterations.join(each, on="iteration")
+    return joined.fillna({"batch": 0, "prefill_tokens": 0, "decode_tokens": 0})
+
+
+def _timed(requests: pd.DataFrame) -> pd.DataFrame:
+    """Return *requests* with their times in s from the intended moment: nothing that waited is left out."""
+    since = requests["intended_ns"]
+    return requests.assign(
+        late_s=(requests["sent_ns"] - since) / 1e9,
+        ttft_s=(requests["first_token_ns"] - since) / 1e9,
+        latency_s=(requests["last_token_ns"] - since) / 1e9,
+    )
+
+
+def weighed_iterations(iterations: pd.DataFrame, curve: EnergyCurve, floor_w: float) -> pd.DataFrame:
+    """Return *iterations* (start_ns, end_ns, in order) with floor_j, dynamic_j and energy_j of each.
+
+    Iterations that are closer than three ticks are weighed as one group between ticks, less the floor at its edges and
+    in its gaps; inside a group joules above the floor go to an iteration as the counter rose while it ran.
+    """
+    starts, ends = iterations["start_ns"].to_numpy(np.int64), iterations["end_ns"].to_numpy(np.int64)
+    seconds = (ends - starts) / 1e9
+    floor_j = floor_w * seconds
+    dynamic_j = np.zeros(len(starts))
+    if len(starts):
+        tick_ns = float(np.median(np.diff(curve.tick_ns))) if len(curve) > 1 else 0.0
+        latest = np.maximum.accumulate(ends)
+        new = np.append(True, starts[1:] - latest[:-1] > _APART_TICKS * tick_ns)
+        firsts = np.flatnonzero(new)
+        for first, beyond in zip(firsts, [*firsts[1:], len(starts)], strict=True):
+            rows = slice(first, beyond)
+            dynamic_j[rows] = _group_j(curve, starts[rows], ends[rows], floor_w)
+    return iterations.assign(floor_j=floor_j, dynamic_j=dynamic_j, energy_j=floor_j + dynamic_j)
+
+
+def _group_j(curve: EnergyCurve, starts: np.ndarray, ends: np.ndarray, floor_w: float) -> np.ndarray:
+    """Return the J above the floor of each iteration of one group; NaN where the counter does not frame it."""
+    framed = curve.window(int(starts[0]), int(ends.max()))
+    if framed is None:
+        return np.full(len(starts), np.nan)
+    before_ns, after_ns, joule = framed
+    above_j = max(0.0, joule - floor_w * (after_ns - before_ns) / 1e9)
+    # As the counter rose: read at its ticks and straight between them.
+    rose = curve.at(ends.clip(before_ns, after_ns)) - curve.at(starts.clip(before_ns, after_ns))
+    weights = np.maximum(rose - floor_w * (ends - starts) / 1e9, 0.0)
+    # Shorter than a tick it says little: where nothing rose, time alone does.
+    if not weights.sum() > 0:
+        weights = (ends - starts).astype(float)
+    found: np.ndarray = above_j * weights / weights.sum()
+    return found
+
+
+def shared(requests: pd.DataFrame, iterations: pd.DataFrame, processed: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+    """Return *requests* with the joules of their shares, and the J of iterations that no request was in.
+
+    An iteration's joules, floor and dynamic apart, go to the requests in it by the tokens that it computed of each.
+    """
+    tokens = processed["prefill_tokens"] + processed["decode_tokens"]
+    whole = tokens.groupby(processed["iteration"]).transform("sum")
+    rows = processed.assign(share=(tokens / whole.where(whole > 0)).fillna(0.0))
+    rows = rows.join(iterations.set_index("iteration")[["floor_j", "dynamic_j"]], on="iteration")
+    parts = pd.DataFrame(
+        {name: rows[name] * rows["share"] for name in ("floor_j", "dynamic_j")} | {"request": rows["request"]}
+    )
+    sums = parts.groupby("request")[["floor_j", "dynamic_j"]].sum()
+    found = requests.join(sums, on="request").fillna({"floor_j": 0.0, "dynamic_j": 0.0})
+    found["energy_j"] = found["floor_j"] + found["dynamic_j"]
+    claimed = float(sums.to_numpy().sum())
+    return found, float(iterations["energy_j"].sum()) - claimed

@@ -1,0 +1,177 @@
+"""``llmkern serve-study``."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmkern.commands import CONTEXT, common
+from llmkern.errors import LlmkernError, UsageError
+from llmkern.runfolder.vocabulary import PRECISIONS, WEIGHTS
+
+_PATTERNS = ("sequential", "burst", "uniform:0.05-0.5", "fixed:0.3")
+
+
+def _lengths(_context: click.Context, parameter: click.Parameter, text: str) -> tuple[float, float, int, int]:
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    if found is None:
+        raise click.BadParameter(f"{text!r}: give a number of tokens, or two like 200-4000.", param=parameter)
+    low, high = int(found[1]), int(found[2] or found[1])
+    if not 1 <= low <= high <= 2**24:
+        raise click.BadParameter(f"{text!r}: give at least 1, and the smaller one first.", param=parameter)
+    # Log-normal between the two: two sigmas of it lie within.
+    return (low * high) ** 0.5, 0.25 * _log(high / low), low, high
+
+
+def _log(ratio: float) -> float:
+    import math
+
+    return math.log(ratio) if ratio > 1 else 0.0
+
+
+def work(options: dict[str, Any], log: str) -> None:
+    """Serve one pattern of arrivals and leave the process with its exit code."""
+    from llmkern.commands import run
+
+    sys.argv = ["llmkern", "serve-study", "--arrivals", options["arrivals"], "--model", options["trace"]["model"]]
+
+    @click.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    def record() -> None:
+        from llmkern.progress import Stages
+        from llmkern.record.options import TraceOptions
+        from llmkern.serve.session import ServeOptions, serve
+        from llmkern.study.plan import Lengths
+
+        trace = TraceOptions(**options.pop("trace"), out=options.pop("out"), force=options.pop("force"))
+        prompts, answers = (Lengths(*options.pop(name)) for name in ("prompts", "answers"))
+        asked = ServeOptions(trace=trace, prompts=prompts, answers=answers, **options)
+        click.echo(f"recorded {serve(asked, Stages(quiet=True))}")
+
+    run(record, "llmkern serve-study")
+
+
+@click.command("serve-study", context_settings=CONTEXT)
+@click.option("--model", required=True, help="As for 'llmkern trace'.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
+@click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
+@click.option("--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True)
+@click.option(
+    "--arrivals",
+    multiple=True,
+    metavar="PATTERN",
+    help="burst, burst:8@2 (8 every 2 s), fixed:0.3, uniform:0.1-0.5, poisson:5 (a second), sequential (each when the "
+    f"one before is answered), trace:FILE; several times for several.  [default: {', '.join(_PATTERNS)}]",
+)
+@click.option("--requests", type=click.IntRange(1, 10**6), default=100, show_default=True, help="How many of each.")
+@click.option(
+    "--prompt-tokens", callback=_lengths, default="200-1000", show_default=True, help="Of a prompt: one, or from-to."
+)
+@click.option(
+    "--new-tokens", callback=_lengths, default="10-200", show_default=True, help="Of an answer: one, or from-to."
+)
+@click.option("--max-in-flight", type=click.IntRange(1, 10**6), help="Requests that are sent before one is answered.")
+@click.option("--max-batch-tokens", type=click.IntRange(1, 2**24), help="Tokens of one iteration.")
+@click.option("--max-batch", type=click.IntRange(1, 10**6), help="Requests of one iteration.")
+@click.option(
+    "--patience-s",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    default=600.0,
+    show_default=True,
+    help="Without an answer for so long, what is open is left unanswered.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of weights and requests.")
+@common.out("Folder of the runs.  [default: serving/MODEL-PRECISION]")
+@click.option("--force", is_flag=True, help="Serve patterns again that are there.")
+@common.as_json
+@common.debug
+def command(
+    model: str,
+    arrivals: tuple[str, ...],
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    debug: bool,
+    max_batch: int | None,
+    **asked: Any,
+) -> None:
+    """Serve requests that arrive in different ways, and say what one of them takes: joules, idle joules, waiting.
+
+    The server is Transformers' continuous batching in a process of its own for each pattern. Sum of the requests + idle
+    = what the counter moved; a request's joules are its share, by tokens, of every iteration that it was in.
+    """
+    from llmkern.serve.arrivals import schedule
+    from llmkern.workload.models import find_model
+
+    find_model(model)
+    patterns = arrivals or _PATTERNS
+    for pattern in patterns:
+        # What is mistyped is told before anything is loaded.
+        schedule(pattern, [(1, 1)] * asked["requests"], asked["seed"])
+    twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--arrivals {twice} is there twice: leave one out.")
+    folder = out or Path("serving") / f"{name_of(model)}-{asked['precision']}"
+    trace = {name: asked[name] for name in ("precision", "device", "weights", "seed")}
+    options = {name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s")}
+    options |= {"prompts": asked["prompt_tokens"], "answers": asked["new_tokens"], "max_requests_per_batch": max_batch}
+    failed = _serve_all(folder, patterns, {**options, "trace": {"model": model, **trace}}, force)
+
+    with common.importing():
+        from llmkern.report.serve import print_serve, serve_document
+        from llmkern.serve.statement import state
+        from llmkern.study.execute import RUNS
+    statement = state([folder / RUNS / name_of(p) for p in patterns if name_of(p) not in failed], failed)
+    if as_json:
+        from llmkern.report.document import echo
+
+        echo(serve_document(statement))
+    else:
+        print_serve(statement, common.console())
+    if statement.failed:
+        raise LlmkernError(f"{len(statement.failed)} of {len(patterns)} patterns are not here; the reasons are above.")
+
+
+def name_of(pattern: str) -> str:
+    """Return *pattern* (or a model's name) as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", pattern).strip("-.") or "arrivals"
+
+
+def _serve_all(folder: Path, patterns: tuple[str, ...], options: dict[str, Any], force: bool) -> dict[str, str]:
+    """Serve every pattern that is not there yet, and return why others failed, by the names of their folders."""
+    from dataclasses import dataclass
+
+    from llmkern.runfolder import RunFolder
+    from llmkern.study.execute import RUNS, held, in_child, why
+
+    @dataclass(frozen=True)
+    class Pattern:
+        name: str
+        options: dict[str, Any]
+
+    failed = {}
+    with held(folder):
+        for pattern in patterns:
+            target = folder / RUNS / name_of(pattern)
+            if not force and _there(target, options, pattern, RunFolder):
+                click.echo(f"{pattern}: there already, kept.", err=True)
+                continue
+            click.echo(f"Serving {pattern} …", err=True)
+            task = Pattern(target.name, {**options, "arrivals": pattern})
+            code, log = in_child(folder, task, work)
+            if code:
+                failed[target.name] = why(log, code)
+    return failed
+
+
+def _there(target: Path, options: dict[str, Any], pattern: str, reader: Any) -> bool:
+    try:
+        run = reader(target)
+    except LlmkernError:
+        return False
+    labels = run.facts.labels
+    same = labels.get("arrivals") == pattern and labels.get("requests") == str(options["requests"])
+    return bool(run.complete and same and run.facts.options.model == options["trace"]["model"])

@@ -1,0 +1,1 @@
+"""Requests that arrive at a server with continuous batching: when, what each costs, and what waiting for them costs."""

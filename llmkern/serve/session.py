@@ -1,0 +1,143 @@
+"""One run of a server from options to a finished run folder."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmkern.errors import DeviceError, UsageError
+from llmkern.progress import Stages
+from llmkern.record import signals
+from llmkern.record.options import TraceOptions
+from llmkern.record.passes.weigh import idle
+from llmkern.record.rig import Rig
+from llmkern.runfolder import RunWriter
+from llmkern.runfolder.vocabulary import SERVE, WINDOW
+from llmkern.serve.arrivals import Schedule, schedule
+from llmkern.serve.client import Limits, Sent, send_all
+from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Log, Server, logged, prompt_of
+from llmkern.session import assemble, finish, prepare, recording
+from llmkern.study.plan import Lengths
+from llmkern.study.prompts import drawn
+
+# Rests before and after, for the floor.
+_REST_S, _RESTS = 1.2, 3
+# What is warmed up with: every kernel, at a batch of some.
+_WARMUP = 4
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What is asked of a server: the model's *trace* options, *requests* of which lengths, and how they arrive."""
+
+    trace: TraceOptions
+    arrivals: str
+    requests: int
+    prompts: Lengths
+    answers: Lengths
+    max_in_flight: int | None = None
+    max_batch_tokens: int | None = None
+    max_requests_per_batch: int | None = None
+    patience_s: float = 600.0
+
+
+def planned(options: ServeOptions) -> Schedule:
+    """Return the arrivals that *options* ask for; the same seed gives the same lengths to every pattern."""
+    generator = random.Random(options.trace.seed)
+    prompts = drawn(options.prompts, options.requests, generator)
+    answers = drawn(options.answers, options.requests, generator)
+    return schedule(options.arrivals, list(zip(prompts, answers, strict=True)), options.trace.seed)
+
+
+def serve(options: ServeOptions, stages: Stages) -> Path:
+    """Serve the requests in this process, record what they took, and return the run folder.
+
+    Raises LlmkernError with a sentence for every cause that the user can do something about, a signal among them.
+    """
+    started_s = time.monotonic()
+    made = planned(options)
+    longest = max(arrival.prompt_tokens for arrival in made.arrivals)
+    answer = max(arrival.output_tokens for arrival in made.arrivals)
+    if options.trace.engine != "eager":
+        raise UsageError(f"--engine {options.trace.engine} has no continuous batching: leave it out.")
+    # What must fit before anything is loaded: the longest request.
+    trace = replace(options.trace, prompt_tokens=longest, new_tokens=max(2, answer), batch=1, annotate_only=True)
+    job = prepare(trace)
+    writer = RunWriter(job.target, job.facts(), force=trace.force)
+    with recording(writer, job.out_of_memory()):
+        rig = assemble(job, writer, stages)
+        writer.note(labels={"arrivals": made.pattern, "requests": str(len(made.arrivals)), "server": "in process"})
+        record(rig, options, made)
+        with signals.deferred():
+            finish(writer, stages, elapsed_s=round(time.monotonic() - started_s, 3), clock=rig.clock.facts())
+    return job.target
+
+
+def record(rig: Rig, options: ServeOptions, made: Schedule) -> None:
+    """Start the server, warm it up, and let the requests arrive under the sensors."""
+    vocabulary = int(rig.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    prompts = [
+        prompt_of(number, arrival.prompt_tokens, vocabulary, options.trace.seed)
+        for number, arrival in enumerate(made.arrivals)
+    ]
+    log, sent = Log(), Sent()
+    server = Server(rig.model, options.max_batch_tokens, options.max_requests_per_batch)
+    with rig.metered(), logged(log, rig.device.synchronize):
+        server.start()
+        try:
+            with rig.stages.stage("Warming up"):
+                _warm_up(server, vocabulary, made)
+            with rig.pumped(SERVE, log.drain) as pump:
+                _rest(rig)
+                log.drain()
+                try:
+                    with rig.stages.stage(f"Serving {len(prompts)} requests: {made.pattern}"):
+                        rig.wait_for_ticks(1)
+                        with rig.annotator.range(f"serve {made.pattern}", WINDOW):
+                            limits = Limits(options.max_in_flight, options.patience_s)
+                            send_all(made, prompts, server, limits, pump.check, sent)
+                finally:
+                    # Whatever ended it: what was answered is kept.
+                    rig.writer.append("requests", _rows(made, sent, log, server))
+                _rest(rig)
+        finally:
+            server.stop()
+    rig.writer.note(sensors={meter.name: meter.facts() for meter in rig.meters})
+
+
+def _warm_up(server: Server, vocabulary: int, made: Schedule) -> None:
+    """Answer a few requests of the first one's length; their numbers lie beyond those of the schedule."""
+    first = made.arrivals[0]
+    beyond = len(made.arrivals)
+    for number in range(beyond, beyond + _WARMUP):
+        server.send(number, prompt_of(number, first.prompt_tokens, vocabulary, 0), min(8, first.output_tokens + 1))
+    server.wait(_WARMUP, 600.0)
+    if len(server.finished) < _WARMUP:
+        reasons = next(iter(server.failed.values()), "it did not answer in ten minutes")
+        raise DeviceError(f"the server does not answer its first requests ({reasons[:300]}).")
+    server.finished.clear()
+
+
+def _rest(rig: Rig) -> None:
+    for _ in range(_RESTS):
+        idle(rig, _REST_S)
+
+
+def _rows(made: Schedule, sent: Sent, log: Log, server: Server) -> dict[str, Any]:
+    """Return the columns of table requests: every request that was to be sent until now, answered or not."""
+    numbers = sorted(sent.intended_ns)
+    status = [FINISHED if n in server.finished else FAILED if n in server.failed else UNANSWERED for n in numbers]
+    return {
+        "request": numbers,
+        "intended_ns": [sent.intended_ns[n] for n in numbers],
+        "sent_ns": [sent.sent_ns.get(n) for n in numbers],
+        "first_token_ns": [log.first_ns.get(n) for n in numbers],
+        "last_token_ns": [log.last_ns.get(n) for n in numbers],
+        "prompt_tokens": [made.arrivals[n].prompt_tokens for n in numbers],
+        "output_tokens": [server.finished.get(n, 0) for n in numbers],
+        "status": status,
+        "reason": [server.failed.get(n, "") for n in numbers],
+    }

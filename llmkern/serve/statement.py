@@ -1,0 +1,124 @@
+"""What runs of a server say beside each other: joules of a request, idle joules, batches, latencies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from llmkern.attribute.requests import Served, served
+from llmkern.errors import LlmkernError
+from llmkern.estimate import Estimate
+from llmkern.runfolder import RunFolder
+from llmkern.runfolder.facts import RunFacts
+
+SEQUENTIAL = "sequential"
+# Later than this a client does not send what the schedule says.
+LATE_S = 0.002
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """One run: how requests came, what a finished one took, and how long people waited.
+
+    Percentiles (50, 90, 99) are in s from the intended moment; ``between_s`` is the mean time between the tokens of a
+    request. ``saved`` is the share of the J of a request that the sequential run beside it takes more.
+    """
+
+    pattern: str
+    facts: RunFacts
+    found: Served
+    request_j: Estimate | None
+    own_j: Estimate | None
+    idle_share: float | None
+    mean_w: float | None
+    mean_batch: float
+    busy_share: float
+    ttft_s: tuple[float, ...]
+    between_s: tuple[float, ...]
+    latency_s: tuple[float, ...]
+    status: dict[str, int]
+    latest_s: float
+    saved: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class ServeStatement:
+    """All patterns that were served, and for the others why they are not here."""
+
+    arrivals: tuple[Arrivals, ...]
+    failed: dict[str, str]
+    doubts: tuple[str, ...]
+
+
+def state(folders: list[Path], failed: dict[str, str]) -> ServeStatement:
+    """Return what the runs in *folders* say; those that cannot be read are told."""
+    found, missing = [], dict(failed)
+    for folder in folders:
+        try:
+            found.append(read(folder))
+        except LlmkernError as error:
+            missing[folder.name] = str(error)
+    base = next((one.request_j for one in found if one.pattern == SEQUENTIAL), None)
+    if base is not None:
+        found = [_beside(one, base) for one in found]
+    return ServeStatement(tuple(found), missing, tuple(_doubts(found)))
+
+
+def _beside(one: Arrivals, base: Estimate) -> Arrivals:
+    if one.request_j is None or one.pattern == SEQUENTIAL:
+        return one
+    ratio = one.request_j.of_another_run().with_(base, np.divide)
+    return Arrivals(**{**one.__dict__, "saved": ratio.map(lambda share: 1 - share)})
+
+
+def read(folder: Path) -> Arrivals:
+    """Return what the run in *folder* says; raises LlmkernError for one that served nothing."""
+    run = RunFolder(folder)
+    found = served(run)
+    requests, iterations = found.requests, found.iterations
+    done = requests[requests["status"] == "finished"]
+    steps = (done["output_tokens"] - 1).where(done["output_tokens"] > 1)
+    between = (done["last_token_ns"] - done["first_token_ns"]) / 1e9 / steps
+    seconds = (iterations["end_ns"] - iterations["start_ns"]).to_numpy(float) / 1e9
+    known = found.counter_j is not None and found.idle_j is not None and found.counter_j > 0
+    return Arrivals(
+        run.facts.labels.get("arrivals", "?"),
+        run.facts,
+        found,
+        found.per_request_j(),
+        found.per_request_j(with_idle=False),
+        (found.idle_j or 0.0) / (found.counter_j or 1.0) if known else None,
+        (found.counter_j or 0.0) / found.seconds if known else None,
+        float(np.average(iterations["batch"], weights=seconds)) if seconds.sum() > 0 else 0.0,
+        found.busy_s / found.seconds,
+        _percentiles(done["ttft_s"]),
+        _percentiles(between),
+        _percentiles(done["latency_s"]),
+        {str(status): int(count) for status, count in requests["status"].value_counts().items()},
+        float(requests["late_s"].max()) if requests["late_s"].notna().any() else 0.0,
+    )
+
+
+def _percentiles(values: pd.Series) -> tuple[float, ...]:
+    known = values.dropna().to_numpy(float)
+    return tuple(float(q) for q in np.percentile(known, [50, 90, 99])) if len(known) else ()
+
+
+def _doubts(found: list[Arrivals]) -> list[str]:
+    said = []
+    for one in found:
+        unanswered = sum(count for status, count in one.status.items() if status != "finished")
+        if unanswered:
+            said.append(f"{one.pattern}: {unanswered} of {len(one.found.requests)} requests were not answered.")
+        if one.latest_s > LATE_S:
+            said.append(
+                f"{one.pattern}: the client sent up to {1e3 * one.latest_s:.1f} ms late; that is in its waiting."
+            )
+        if one.request_j is None:
+            said.append(f"{one.pattern}: no energy counter could be read, so there are no joules.")
+        elif one.found.unclaimed_j > 0.005 * (one.found.counter_j or 0.0):
+            said.append(f"{one.pattern}: {one.found.unclaimed_j:,.1f} J are of iterations that no request was in.")
+    return list(dict.fromkeys(said))

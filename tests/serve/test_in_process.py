@@ -1,0 +1,105 @@
+"""The whole command on the CPU: Transformers' continuous batching, requests that arrive in five ways, none lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmkern.runfolder import RunFolder
+
+PATTERNS = ("sequential", "burst", "burst:10@0.2", "uniform:0.001-0.02", "fixed:0.01")
+REQUESTS = 40
+
+
+def llmkern(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llmkern", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"},
+    )
+
+
+SMALL = (
+    *("--model", "qwen-tiny", "--precision", "fp32", "--device", "cpu", "--requests", str(REQUESTS)),
+    *("--prompt-tokens", "4-40", "--new-tokens", "2-9"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, object]]]:
+    folder = tmp_path_factory.mktemp("serve")
+    patterns = [part for pattern in PATTERNS for part in ("--arrivals", pattern)]
+    done = llmkern("serve-study", *SMALL, *patterns, "--out", "out", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["missing"] == {}
+    return folder / "out" / "runs", {one["pattern"]: one for one in document["arrivals"]}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_request_is_answered_and_every_token_accounted_for(
+    runs: tuple[Path, dict[str, dict[str, object]]], pattern: str
+) -> None:
+    folder, told = runs
+    assert told[pattern]["status"] == {"finished": REQUESTS}
+    names = {path.name: path for path in folder.iterdir()}
+    run = RunFolder(names[pattern.replace(":", "-").replace("@", "-")])
+    requests, processed = run.table("requests").set_index("request"), run.table("processed")
+    assert len(requests) == REQUESTS
+    of_requests = processed[processed["request"] < REQUESTS].groupby("request")
+    computed = of_requests[["prefill_tokens", "decode_tokens", "new_tokens"]].sum()
+    assert (computed["prefill_tokens"] == requests["prompt_tokens"]).all()
+    # The last token of an answer is computed for nobody.
+    assert (computed["decode_tokens"] == requests["output_tokens"] - 1).all()
+    assert (computed["new_tokens"] == requests["output_tokens"]).all()
+    assert (requests["intended_ns"] <= requests["sent_ns"]).all()
+    assert (requests["sent_ns"] < requests["first_token_ns"]).all()
+    assert (requests["first_token_ns"] <= requests["last_token_ns"]).all()
+    iterations = run.table("iterations").sort_values("start_ns")
+    assert (iterations["end_ns"].iloc[:-1].to_numpy() <= iterations["start_ns"].iloc[1:].to_numpy()).all()
+
+
+def test_requests_share_iterations_when_they_come_together(
+    runs: tuple[Path, dict[str, dict[str, object]]],
+) -> None:
+    _, told = runs
+    assert told["sequential"]["mean_batch"] == pytest.approx(1.0)
+    assert float(str(told["burst"]["mean_batch"])) > 3
+    assert float(str(told["sequential"]["window_s"])) > 0
+
+
+def test_what_is_there_is_kept(runs: tuple[Path, dict[str, dict[str, object]]]) -> None:
+    folder, _ = runs
+    before = (folder / "burst" / "run.json").stat().st_mtime_ns
+    again = llmkern("serve-study", *SMALL, "--arrivals", "burst", "--out", "out", cwd=folder.parents[1])
+    assert again.returncode == 0, again.stderr
+    assert "burst: there already, kept" in again.stderr
+    assert "no energy counter could be read" in " ".join(again.stdout.split())
+    assert (folder / "burst" / "run.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--arrivals", "fixed:0"), "0 is no rate or interval"),
+        (("--arrivals", "burst", "--arrivals", "burst"), "is there twice"),
+        (("--prompt-tokens", "9-4"), "the smaller one first"),
+        (("--arrivals", "trace:absent.jsonl"), "absent.jsonl cannot be read"),
+        (("--model", "qwen-8b"), "no model 'qwen-8b'"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
+    done = llmkern("serve-study", *SMALL, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
