@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -38,6 +39,8 @@ class Served:
     idle_j: float | None = None
     unclaimed_j: float = 0.0
     floor: Floor | None = None
+    # By time in flight, for the server's iterations were not seen.
+    estimated: bool = False
 
     @property
     def seconds(self) -> float:
@@ -71,7 +74,10 @@ class Served:
 def served(run: RunFolder, sensor: str | None = None, device: int | None = None) -> Served:
     """Return what the server of *run* did and took; raises UsageError for a run that served nothing."""
     facts = run.facts.device
-    sensor, device = sensor or facts.counter, facts.counted if device is None else device
+    sensor = sensor or facts.counter
+    if device is None and "," not in run.facts.labels.get("gpus", ""):
+        # Of a server on several GPUs all of them count.
+        device = facts.counted
     ranges = run.table("ranges")
     ranges = ranges[ranges["pass"] == SERVE]
     windows = ranges[ranges["category"] == WINDOW]
@@ -79,6 +85,9 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
         raise UsageError(f"{run.path} served no requests: make one with 'llmkern serve-study'.")
     start_ns, end_ns = int(windows["start_ns"].iloc[-1]), int(windows["end_ns"].iloc[-1])
     requests, iterations, processed = (run.table(name) for name in ("requests", "iterations", "processed"))
+    estimated = iterations.empty and not requests.empty
+    if estimated:
+        iterations, processed = in_flight(requests)
     # What was warmed up with is none of it.
     iterations = iterations[(iterations["start_ns"] >= start_ns) & (iterations["end_ns"] <= end_ns)]
     iterations = iterations.sort_values("start_ns").reset_index(drop=True)
@@ -95,13 +104,35 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
     framed = None if curve is None or floor is None else curve.window(start_ns, end_ns)
     if curve is None or floor is None or framed is None:
         nothing = dict.fromkeys(("floor_j", "dynamic_j", "energy_j"), np.nan)
-        return Served(requests.assign(**nothing), iterations.assign(**nothing), start_ns, end_ns, busy_s)
+        unknown = requests.assign(**nothing), iterations.assign(**nothing)
+        return Served(*unknown, start_ns, end_ns, busy_s, estimated=estimated)
     floor_w = floor.at(mean_temperature(temperature, windows)).value
     counter_j = framed[2] - floor_w * ((framed[1] - framed[0]) - (end_ns - start_ns)) / 1e9
     iterations = weighed_iterations(iterations, curve, floor_w)
     requests, unclaimed_j = shared(requests, iterations, processed)
     idle_j = counter_j - float(requests["energy_j"].sum())
-    return Served(requests, iterations, start_ns, end_ns, busy_s, counter_j, idle_j, unclaimed_j, floor)
+    joules = {"counter_j": counter_j, "idle_j": idle_j, "unclaimed_j": unclaimed_j}
+    return Served(requests, iterations, start_ns, end_ns, busy_s, floor=floor, estimated=estimated, **joules)
+
+
+def in_flight(requests: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return spans in which the same *requests* were open, as iterations, and which those were: one token of each.
+
+    Of a server whose iterations nobody sees this is what can be said: whoever was waiting shares alike.
+    """
+    known = requests[requests["sent_ns"].notna() & requests["last_token_ns"].notna()]
+    sent, last = (known[name].to_numpy(np.int64) for name in ("sent_ns", "last_token_ns"))
+    moments = np.unique(np.concatenate([sent, last]))
+    spans: list[tuple[int, int, int]] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    for start_ns, end_ns in pairwise(moments.tolist()):
+        inside = known["request"].to_numpy()[(sent <= start_ns) & (last >= end_ns)]
+        if len(inside):
+            number = len(spans)
+            spans.append((number, start_ns, end_ns))
+            rows += [(number, int(request), 0, 1, 0) for request in inside]
+    columns = ["iteration", "request", "prefill_tokens", "decode_tokens", "new_tokens"]
+    return pd.DataFrame(spans, columns=["iteration", "start_ns", "end_ns"]), pd.DataFrame(rows, columns=columns)
 
 
 def _with_tokens(iterations: pd.DataFrame, processed: pd.DataFrame) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,14 @@ def _log(ratio: float) -> float:
     return math.log(ratio) if ratio > 1 else 0.0
 
 
+def _gpus(_context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", text):
+        raise click.BadParameter(f"{text!r}: give numbers that nvidia-smi shows, like 0 or 0,1.", param=parameter)
+    return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+
+
 def work(options: dict[str, Any], log: str) -> None:
     """Serve one pattern of arrivals and leave the process with its exit code."""
     from llmkern.commands import run
@@ -48,14 +57,30 @@ def work(options: dict[str, Any], log: str) -> None:
 
         trace = TraceOptions(**options.pop("trace"), out=options.pop("out"), force=options.pop("force"))
         prompts, answers = (Lengths(*options.pop(name)) for name in ("prompts", "answers"))
+        url, gpus, start = (options.pop(name) for name in ("url", "gpus", "start"))
         asked = ServeOptions(trace=trace, prompts=prompts, answers=answers, **options)
-        click.echo(f"recorded {serve(asked, Stages(quiet=True))}")
+        if url is None:
+            click.echo(f"recorded {serve(asked, Stages(quiet=True))}")
+            return
+        from llmkern.serve.by_url import Asked, serve_by_url
+        from llmkern.serve.remote import Address
+
+        server = Asked(Address(url, trace.model, os.environ.get("OPENAI_API_KEY", "none")), gpus, start)
+        click.echo(f"recorded {serve_by_url(asked, server, Stages(quiet=True))}")
 
     run(record, "llmkern serve-study")
 
 
 @click.command("serve-study", context_settings=CONTEXT)
-@click.option("--model", required=True, help="As for 'llmkern trace'.")
+@click.option("--model", required=True, help="As for 'llmkern trace'; with --url the name that the server has for it.")
+@click.option(
+    "--url",
+    metavar="URL",
+    help="An OpenAI-compatible server (http://host:8000/v1) in the place of one in this process; its key is taken from "
+    "OPENAI_API_KEY.",
+)
+@click.option("--gpu", "gpus", callback=_gpus, metavar="N[,N]", help="With --url: this host's GPUs that it runs on.")
+@click.option("--start", metavar="COMMAND", help="With --url: start the server with it, and stop it in the end.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
 @click.option("--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True)
@@ -106,7 +131,14 @@ def command(
     from llmkern.serve.arrivals import schedule
     from llmkern.workload.models import find_model
 
-    find_model(model)
+    url = asked["url"]
+    if url is None:
+        find_model(model)
+        useless = next((name for name in ("gpus", "start") if asked[name]), None)
+        if useless is not None:
+            raise UsageError(f"--{useless.removesuffix('s')} is for a server by URL: add --url, or leave it out.")
+    elif not re.match(r"https?://[^/]+", url):
+        raise UsageError(f"--url {url!r} is no address: give one like http://localhost:8000/v1.")
     patterns = arrivals or _PATTERNS
     for pattern in patterns:
         # What is mistyped is told before anything is loaded.
@@ -117,6 +149,7 @@ def command(
     folder = out or Path("serving") / f"{name_of(model)}-{asked['precision']}"
     trace = {name: asked[name] for name in ("precision", "device", "weights", "seed")}
     options = {name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s")}
+    options |= {name: asked[name] for name in ("url", "gpus", "start")}
     options |= {"prompts": asked["prompt_tokens"], "answers": asked["new_tokens"], "max_requests_per_batch": max_batch}
     failed = _serve_all(folder, patterns, {**options, "trace": {"model": model, **trace}}, force)
 

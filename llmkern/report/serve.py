@@ -21,7 +21,9 @@ def print_serve(statement: ServeStatement, console: Console) -> None:
     if statement.arrivals:
         first = statement.arrivals[0]
         console.print(Text(f"{called(first.facts)}: {len(first.found.requests)} requests", style="bold"))
-        console.print(f"{first.facts.device.name}; Transformers' continuous batching, in process", highlight=False)
+        server = first.facts.labels.get("server", "in process")
+        where = "Transformers' continuous batching, in process" if server == "in process" else server
+        console.print(f"{first.facts.device.name}; {where}", highlight=False)
         console.print()
         wide = console.width >= 120
         table = Table(box=None, pad_edge=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmkern.serve.arrivals import Schedule
-from llmkern.serve.server import Server
+from llmkern.serve.server import Answers
 
 # Sleep wakes up late by a fraction of this; the rest is waited for awake.
 _SPIN_S = 0.0015
@@ -32,7 +33,7 @@ class Limits:
 
 
 def send_all(
-    schedule: Schedule, prompts: list[list[int]], server: Server, limits: Limits, look: Callable[[], None], sent: Sent
+    schedule: Schedule, prompts: list[Any], server: Answers, limits: Limits, look: Callable[[], None], sent: Sent
 ) -> None:
     """Send every request of *schedule* and wait for the answers; *look* raises what should end it.
 
@@ -67,7 +68,7 @@ def _sleep_until(moment_ns: int, look: Callable[[], None]) -> None:
         pass
 
 
-def _until(server: Server, count: int, patience_s: float, look: Callable[[], None]) -> None:
+def _until(server: Answers, count: int, patience_s: float, look: Callable[[], None]) -> None:
     """Wait until *count* requests were answered, or none was for *patience_s*, or the server has ended."""
     answered, since_s = server.answered, time.monotonic()
     while not server.wait(count, _LOOK_S):

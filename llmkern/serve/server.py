@@ -42,8 +42,10 @@ class Log:
         names = ("iteration", "start_ns", "end_ns")
         tokens = ("iteration", "request", "prefill_tokens", "decode_tokens", "new_tokens")
         return {
-            "iterations": dict(zip(names, map(list, zip(*iterations, strict=True)), strict=True)) if iterations else {},
-            "processed": dict(zip(tokens, map(list, zip(*processed, strict=True)), strict=True)) if processed else {},
+            table: dict(zip(columns, map(list, zip(*rows, strict=True)), strict=True))
+            for table, columns, rows in (("iterations", names, iterations), ("processed", tokens, processed))
+            # While nobody asks there is nothing.
+            if rows
         }
 
     def add(self, start_ns: int, end_ns: int, rows: list[tuple[int, int, int, int]]) -> None:
@@ -131,7 +133,43 @@ def _tokens(scheduled: Any) -> tuple[Any, int, int]:
     return state, 0 if decoding else count, count if decoding else 0
 
 
-class Server:
+class Answers:
+    """How requests ended, and waiting for them: what every kind of server has."""
+
+    def __init__(self) -> None:
+        # Tokens of the answers, and reasons, by number.
+        self.finished: dict[int, int] = {}
+        self.failed: dict[int, str] = {}
+        self._answered = threading.Condition()
+
+    def note_finished(self, number: int, tokens: int) -> None:
+        with self._answered:
+            self.finished[number] = tokens
+            self._answered.notify_all()
+
+    def note_failed(self, number: int, reason: str) -> None:
+        with self._answered:
+            self.failed[number] = reason
+            self._answered.notify_all()
+
+    @property
+    def answered(self) -> int:
+        return len(self.finished) + len(self.failed)
+
+    def wait(self, count: int, seconds: float) -> bool:
+        """Wait until *count* requests were answered, *seconds* at most; return whether they were."""
+        with self._answered:
+            return self._answered.wait_for(lambda: self.answered >= count, seconds)
+
+    @property
+    def alive(self) -> bool:
+        raise NotImplementedError
+
+    def send(self, number: int, prompt: Any, new_tokens: int) -> None:
+        raise NotImplementedError
+
+
+class Server(Answers):
     """The manager of continuous batching over *model*, without prefix sharing, one iteration after the other."""
 
     def __init__(self, model: Any, max_batch_tokens: int | None, max_requests: int | None) -> None:
@@ -139,9 +177,7 @@ class Server:
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self.finished: dict[int, int] = {}
-        self.failed: dict[int, str] = {}
-        self._answered = threading.Condition()
+        super().__init__()
         self._stopped = threading.Event()
         known = ContinuousBatchingConfig.__dataclass_fields__
         # Older releases of Transformers call the same attention so.
@@ -170,29 +206,18 @@ class Server:
             if result is not None:
                 self._answer(result)
 
-    def send(self, number: int, ids: list[int], new_tokens: int) -> None:
+    def send(self, number: int, prompt: list[int], new_tokens: int) -> None:
         """Hand request *number* to the server; raises DeviceError where it takes no more."""
-        taken = self._manager.add_request(ids, request_id=str(number), max_new_tokens=new_tokens, eos_token_id=-1)
+        taken = self._manager.add_request(prompt, request_id=str(number), max_new_tokens=new_tokens, eos_token_id=-1)
         if taken is None:
             raise DeviceError(f"the server took no request {number}: it has stopped; its log says why.")
 
     def _answer(self, result: Any) -> None:
         number = int(result.request_id)
-        with self._answered:
-            if result.error:
-                self.failed[number] = str(result.error)
-            elif result.is_finished():
-                self.finished[number] = len(result.generated_tokens)
-            self._answered.notify_all()
-
-    @property
-    def answered(self) -> int:
-        return len(self.finished) + len(self.failed)
-
-    def wait(self, count: int, seconds: float) -> bool:
-        """Wait until *count* requests were answered, *seconds* at most; return whether they were."""
-        with self._answered:
-            return self._answered.wait_for(lambda: self.answered >= count, seconds)
+        if result.error:
+            self.note_failed(number, str(result.error))
+        elif result.is_finished():
+            self.note_finished(number, len(result.generated_tokens))
 
     @property
     def alive(self) -> bool:

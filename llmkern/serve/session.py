@@ -18,7 +18,7 @@ from llmkern.runfolder import RunWriter
 from llmkern.runfolder.vocabulary import SERVE, WINDOW
 from llmkern.serve.arrivals import Schedule, schedule
 from llmkern.serve.client import Limits, Sent, send_all
-from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Log, Server, logged, prompt_of
+from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Answers, Log, Server, logged, prompt_of
 from llmkern.session import assemble, finish, prepare, recording
 from llmkern.study.plan import Lengths
 from llmkern.study.prompts import drawn
@@ -77,43 +77,58 @@ def serve(options: ServeOptions, stages: Stages) -> Path:
 
 
 def record(rig: Rig, options: ServeOptions, made: Schedule) -> None:
-    """Start the server, warm it up, and let the requests arrive under the sensors."""
+    """Start the server in this process, warm it up, and let the requests arrive under the sensors."""
     vocabulary = int(rig.model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
     prompts = [
         prompt_of(number, arrival.prompt_tokens, vocabulary, options.trace.seed)
         for number, arrival in enumerate(made.arrivals)
     ]
-    log, sent = Log(), Sent()
+    log = Log()
     server = Server(rig.model, options.max_batch_tokens, options.max_requests_per_batch)
     with rig.metered(), logged(log, rig.device.synchronize):
         server.start()
         try:
             with rig.stages.stage("Warming up"):
-                _warm_up(server, vocabulary, made)
-            with rig.pumped(SERVE, log.drain) as pump:
-                _rest(rig)
-                log.drain()
-                try:
-                    with rig.stages.stage(f"Serving {len(prompts)} requests: {made.pattern}"):
-                        rig.wait_for_ticks(1)
-                        with rig.annotator.range(f"serve {made.pattern}", WINDOW):
-                            limits = Limits(options.max_in_flight, options.patience_s)
-                            send_all(made, prompts, server, limits, pump.check, sent)
-                finally:
-                    # Whatever ended it: what was answered is kept.
-                    rig.writer.append("requests", _rows(made, sent, log, server))
-                _rest(rig)
+                _warm_up(server, prompts[0], made)
+            arrive(rig, Arriving(made, prompts, server, log, Limits(options.max_in_flight, options.patience_s)))
         finally:
             server.stop()
     rig.writer.note(sensors={meter.name: meter.facts() for meter in rig.meters})
 
 
-def _warm_up(server: Server, vocabulary: int, made: Schedule) -> None:
-    """Answer a few requests of the first one's length; their numbers lie beyond those of the schedule."""
-    first = made.arrivals[0]
+@dataclass(frozen=True)
+class Arriving:
+    """Requests of a schedule with their prompts, the server that they are sent to, and where it is noted."""
+
+    made: Schedule
+    prompts: list[Any]
+    server: Answers
+    log: Log
+    limits: Limits
+
+
+def arrive(rig: Rig, work: Arriving) -> None:
+    """Let the requests arrive under the sensors, with rests before and after for the floor."""
+    sent = Sent()
+    with rig.pumped(SERVE, work.log.drain) as pump:
+        _rest(rig)
+        work.log.drain()
+        try:
+            with rig.stages.stage(f"Serving {len(work.prompts)} requests: {work.made.pattern}"):
+                rig.wait_for_ticks(1)
+                with rig.annotator.range(f"serve {work.made.pattern}", WINDOW):
+                    send_all(work.made, work.prompts, work.server, work.limits, pump.check, sent)
+        finally:
+            # Whatever ended it: what was answered is kept.
+            rig.writer.append("requests", _rows(work, sent))
+        _rest(rig)
+
+
+def _warm_up(server: Answers, prompt: Any, made: Schedule) -> None:
+    """Answer a few requests like the first; their numbers lie beyond those of the schedule."""
     beyond = len(made.arrivals)
     for number in range(beyond, beyond + _WARMUP):
-        server.send(number, prompt_of(number, first.prompt_tokens, vocabulary, 0), min(8, first.output_tokens + 1))
+        server.send(number, prompt, min(8, made.arrivals[0].output_tokens + 1))
     server.wait(_WARMUP, 600.0)
     if len(server.finished) < _WARMUP:
         reasons = next(iter(server.failed.values()), "it did not answer in ten minutes")
@@ -126,9 +141,9 @@ def _rest(rig: Rig) -> None:
         idle(rig, _REST_S)
 
 
-def _rows(made: Schedule, sent: Sent, log: Log, server: Server) -> dict[str, Any]:
+def _rows(work: Arriving, sent: Sent) -> dict[str, Any]:
     """Return the columns of table requests: every request that was to be sent until now, answered or not."""
-    numbers = sorted(sent.intended_ns)
+    numbers, server, log = sorted(sent.intended_ns), work.server, work.log
     status = [FINISHED if n in server.finished else FAILED if n in server.failed else UNANSWERED for n in numbers]
     return {
         "request": numbers,
@@ -136,7 +151,7 @@ def _rows(made: Schedule, sent: Sent, log: Log, server: Server) -> dict[str, Any
         "sent_ns": [sent.sent_ns.get(n) for n in numbers],
         "first_token_ns": [log.first_ns.get(n) for n in numbers],
         "last_token_ns": [log.last_ns.get(n) for n in numbers],
-        "prompt_tokens": [made.arrivals[n].prompt_tokens for n in numbers],
+        "prompt_tokens": [work.made.arrivals[n].prompt_tokens for n in numbers],
         "output_tokens": [server.finished.get(n, 0) for n in numbers],
         "status": status,
         "reason": [server.failed.get(n, "") for n in numbers],

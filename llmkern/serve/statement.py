@@ -117,7 +117,11 @@ def _doubts(found: list[Arrivals]) -> list[str]:
             said.append(
                 f"{one.pattern}: the client sent up to {1e3 * one.latest_s:.1f} ms late; that is in its waiting."
             )
-        if one.request_j is None:
+        if one.found.estimated and one.request_j is not None:
+            said.append("Joules of single requests are an estimate by time in flight: its iterations are not seen.")
+        if one.request_j is None and one.found.estimated and "gpus" not in one.facts.labels:
+            said.append(f"{one.pattern}: no --gpu was given, so there are no joules.")
+        elif one.request_j is None:
             said.append(f"{one.pattern}: no energy counter could be read, so there are no joules.")
         elif one.found.unclaimed_j > 0.005 * (one.found.counter_j or 0.0):
             said.append(f"{one.pattern}: {one.found.unclaimed_j:,.1f} J are of iterations that no request was in.")

@@ -12,7 +12,7 @@ import pytest
 
 from llmkern.runfolder import RunFolder
 
-PATTERNS = ("sequential", "burst", "burst:10@0.2", "uniform:0.001-0.02", "fixed:0.01")
+PATTERNS = ("sequential", "burst", "burst:20@1.2", "uniform:0.001-0.02", "fixed:0.01")
 REQUESTS = 40
 
 

@@ -1,0 +1,170 @@
+"""Any OpenAI-compatible server by URL: requests are streamed, and what a server does wrong is told of its request."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmkern.errors import DeviceError, UsageError
+from llmkern.serve.server import Answers, Log
+
+_CONNECT_S = 10.0
+# The same words in another order and after another number each time: nothing of a prompt is in a prefix cache.
+_WORDS = (
+    *("river", "turbine", "ledger", "winter", "copper", "signal", "harbour", "letter", "engine", "garden", "mirror"),
+    *("silver", "market", "bridge", "window", "forest", "number", "salt", "glass", "stone", "paper", "field", "clock"),
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is, which of its models is asked, and the key that it wants."""
+
+    url: str
+    model: str
+    key: str = "none"
+
+
+class Remote(Answers):
+    """A server by URL that is asked by streaming, in a thread of its own."""
+
+    def __init__(self, address: Address, patience_s: float, log: Log) -> None:
+        super().__init__()
+        openai = _library()
+        self._address, self._log = address, log
+        timeout = openai.Timeout(patience_s, connect=_CONNECT_S)
+        self._loop = asyncio.new_event_loop()
+        self._client = openai.AsyncOpenAI(base_url=address.url, api_key=address.key, max_retries=0, timeout=timeout)
+        self._chat = False
+        self._thread = threading.Thread(target=self._loop.run_forever, name="llmkern-client", daemon=True)
+
+    def start(self) -> None:
+        """Begin, and ask for the server's models; raises DeviceError or UsageError where it cannot be asked."""
+        self._thread.start()
+        try:
+            names = [one.id for one in self._now(self._models())]
+        except Exception as error:
+            self.stop()
+            raise _refused(error, self._address) from error
+        if names and self._address.model not in names:
+            self.stop()
+            shown = ", ".join(names[:5])
+            raise UsageError(f"{self._address.url} has no model {self._address.model!r}; it has: {shown}.")
+
+    async def _models(self) -> list[Any]:
+        return [one async for one in self._client.models.list()]
+
+    def _now(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def try_out(self, prompt: str) -> None:
+        """Ask once and wait: by completions, by chat where it knows none; raises DeviceError where neither streams."""
+        try:
+            try:
+                told = self._now(self._streamed(prompt, 4, lambda: None))
+            except Exception as error:
+                if getattr(error, "status_code", None) not in (404, 405, 501):
+                    raise
+                self._chat = True
+                told = self._now(self._streamed(prompt, 4, lambda: None))
+        except Exception as error:
+            raise _refused(error, self._address) from error
+        if not told:
+            raise DeviceError(
+                f"{self._address.url} answers without streaming: nothing can be said of the time to a token; use a "
+                "server that streams (stream: true)."
+            )
+
+    def send(self, number: int, prompt: str, new_tokens: int) -> None:
+        """Hand over request *number*; what comes of it is noted when it does."""
+        asyncio.run_coroutine_threadsafe(self._ask(number, prompt, new_tokens), self._loop)
+
+    async def _ask(self, number: int, prompt: str, new_tokens: int) -> None:
+        def token() -> None:
+            now_ns = time.time_ns()
+            self._log.first_ns.setdefault(number, now_ns)
+            self._log.last_ns[number] = now_ns
+
+        try:
+            count = await self._streamed(prompt, new_tokens, token)
+            if not count:
+                raise DeviceError("it answered without a token, or without streaming")
+        except Exception as error:
+            self.note_failed(number, f"{type(error).__name__}: {_line(error)}")
+        else:
+            self.note_finished(number, count)
+
+    async def _streamed(self, prompt: str, new_tokens: int, token: Callable[[], None]) -> int:
+        """Return how many tokens (chunks with text) came; *token* is called at each."""
+        # What asks a server not to end an answer early is no part of the standard: most that serve models know it.
+        more: dict[str, Any] = {"max_tokens": new_tokens, "temperature": 0.0, "stream": True}
+        more["extra_body"] = {"ignore_eos": True, "min_tokens": new_tokens}
+        if self._chat:
+            asked = self._client.chat.completions.create(
+                model=self._address.model, messages=[{"role": "user", "content": prompt}], **more
+            )
+        else:
+            asked = self._client.completions.create(model=self._address.model, prompt=prompt, **more)
+        count, ended = 0, False
+        async with await asked as stream:
+            async for chunk in stream:
+                for choice in getattr(chunk, "choices", None) or ():
+                    text = getattr(getattr(choice, "delta", None), "content", None) or getattr(choice, "text", None)
+                    if text:
+                        count += 1
+                        token()
+                    ended = ended or bool(getattr(choice, "finish_reason", None))
+        if count and not ended:
+            raise DeviceError("the stream ended before the answer did")
+        return count
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5.0)
+
+
+def _library() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise UsageError("--url needs a package that is not here: pip install openai.") from error
+    return openai
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
+
+
+def _refused(error: Exception, address: Address) -> UsageError | DeviceError:
+    """Return why a server cannot be asked, in a sentence."""
+    status = getattr(error, "status_code", None)
+    if status in (401, 403):
+        return UsageError(f"{address.url} refuses the key ({status}): set OPENAI_API_KEY to one that it knows.")
+    if status == 404:
+        return UsageError(
+            f"{address.url} knows no such address or model ({_line(error)}): --url ends with /v1 as a rule, --model is "
+            "a name that the server lists."
+        )
+    if status is not None:
+        return DeviceError(f"{address.url} answers {status} ({_line(error)}): its log says why.")
+    if isinstance(error, DeviceError | UsageError):
+        return error
+    return DeviceError(
+        f"{address.url} cannot be reached ({type(error).__name__}: {_line(error)}): start the server, or check the "
+        "address."
+    )
+
+
+def text_of(number: int, tokens: int, seed: int) -> str:
+    """Return a prompt of about *tokens* tokens for request *number*: as many words, other ones for each."""
+    generator = random.Random(seed * 1_000_003 + number)
+    return " ".join([str(generator.randrange(10**6)), *generator.choices(_WORDS, k=max(1, tokens - 3))])
