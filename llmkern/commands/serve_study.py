@@ -146,7 +146,7 @@ def command(
     twice = next((pattern for pattern in patterns if patterns.count(pattern) > 1), None)
     if twice is not None:
         raise UsageError(f"--arrivals {twice} is there twice: leave one out.")
-    folder = out or Path("serving") / f"{name_of(model)}-{asked['precision']}"
+    folder = out or Path("serving") / name_of(f"{model}-{asked['precision'] if url is None else 'by-url'}")
     trace = {name: asked[name] for name in ("precision", "device", "weights", "seed")}
     options = {name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s")}
     options |= {name: asked[name] for name in ("url", "gpus", "start")}

@@ -13,7 +13,7 @@ def called(facts: RunFacts) -> str:
     options = facts.options
     name = facts.model.name if facts.model is not None else options.model
     engine = f", {options.engine} engine" if options.engine != "eager" else ""
-    return f"{name} {options.precision}{engine}"
+    return f"{name} {options.precision}{engine}".strip()
 
 
 def heading(facts: RunFacts) -> list[Text]:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,7 +63,8 @@ def serve_by_url(options: ServeOptions, asked: Asked, stages: Stages) -> Path:
     facts = RunFacts(
         command=without_home(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         started=datetime.now(UTC).isoformat(timespec="seconds"),
-        options=options.trace.facts(),
+        # How the server computes is its own affair.
+        options=replace(options.trace.facts(), precision="", weights="auto", annotate_only=False),
         device=device,
         host=environment.host(),
         versions=environment.versions(),

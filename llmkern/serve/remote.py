@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,8 @@ from llmkern.errors import DeviceError, UsageError
 from llmkern.serve.server import Answers, Log
 
 _CONNECT_S = 10.0
+# A server says so of an address or of words that it does not know.
+_UNKNOWN = (400, 404, 405, 422, 501)
 # The same words in another order and after another number each time: nothing of a prompt is in a prefix cache.
 _WORDS = (
     *("river", "turbine", "ledger", "winter", "copper", "signal", "harbour", "letter", "engine", "garden", "mirror"),
@@ -40,7 +44,7 @@ class Remote(Answers):
         timeout = openai.Timeout(patience_s, connect=_CONNECT_S)
         self._loop = asyncio.new_event_loop()
         self._client = openai.AsyncOpenAI(base_url=address.url, api_key=address.key, max_retries=0, timeout=timeout)
-        self._chat = False
+        self._chat, self._full_length = False, True
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmkern-client", daemon=True)
 
     def start(self) -> None:
@@ -63,22 +67,27 @@ class Remote(Answers):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def try_out(self, prompt: str) -> None:
-        """Ask once and wait: by completions, by chat where it knows none; raises DeviceError where neither streams."""
-        try:
+        """Ask once and wait, in the ways that servers know; raises DeviceError or UsageError where it knows none.
+
+        Completions or chat, and with the words that keep an answer from ending early or without them.
+        """
+        refusal: Exception | None = None
+        for self._chat, self._full_length in itertools.product((False, True), (True, False)):
             try:
                 told = self._now(self._streamed(prompt, 4, lambda: None))
             except Exception as error:
-                if getattr(error, "status_code", None) not in (404, 405, 501):
-                    raise
-                self._chat = True
-                told = self._now(self._streamed(prompt, 4, lambda: None))
-        except Exception as error:
-            raise _refused(error, self._address) from error
-        if not told:
+                refusal = refusal or error
+                if getattr(error, "status_code", None) in _UNKNOWN:
+                    continue
+                raise _refused(error, self._address) from error
+            if told:
+                return
             raise DeviceError(
                 f"{self._address.url} answers without streaming: nothing can be said of the time to a token; use a "
                 "server that streams (stream: true)."
             )
+        assert refusal is not None
+        raise _refused(refusal, self._address) from refusal
 
     def send(self, number: int, prompt: str, new_tokens: int) -> None:
         """Hand over request *number*; what comes of it is noted when it does."""
@@ -103,7 +112,8 @@ class Remote(Answers):
         """Return how many tokens (chunks with text) came; *token* is called at each."""
         # What asks a server not to end an answer early is no part of the standard: most that serve models know it.
         more: dict[str, Any] = {"max_tokens": new_tokens, "temperature": 0.0, "stream": True}
-        more["extra_body"] = {"ignore_eos": True, "min_tokens": new_tokens}
+        if self._full_length:
+            more["extra_body"] = {"ignore_eos": True, "min_tokens": new_tokens}
         if self._chat:
             asked = self._client.chat.completions.create(
                 model=self._address.model, messages=[{"role": "user", "content": prompt}], **more
@@ -128,8 +138,22 @@ class Remote(Answers):
         return self._thread.is_alive()
 
     def stop(self) -> None:
+        if not self._thread.is_alive():
+            return
+        # Answers that are still open end with their connections.
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(_CONNECT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(5.0)
+        self._thread.join(_CONNECT_S)
+        self._loop.close()
+
+    async def _close(self) -> None:
+        mine = asyncio.current_task()
+        others = [task for task in asyncio.all_tasks() if task is not mine]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._client.close()
 
 
 def _library() -> Any:
@@ -141,6 +165,9 @@ def _library() -> Any:
 
 
 def _line(error: BaseException) -> str:
+    body = getattr(error, "body", None)
+    if body:
+        return str(body)[:300]
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
 
 

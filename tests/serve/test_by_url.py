@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import sys
 import time
 from pathlib import Path
 
@@ -102,6 +104,48 @@ def test_a_command_that_serves_nothing_is_a_sentence(tmp_path: Path) -> None:
     ):
         with pytest.raises(LlmkernError, match=told):
             serve_by_url(asked(tmp_path, "burst", 2), Asked(address, command=command), Stages(quiet=True))
+
+
+def test_transformers_serve_is_started_asked_and_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = tiny_model(tmp_path / "tiny")
+    port = free_port()
+    where = f"--host 127.0.0.1 --port {port} --device cpu --dtype float32"
+    command = f"{Path(sys.executable).parent}/transformers serve {model} --continuous-batching {where}"
+    address = Address(f"http://127.0.0.1:{port}/v1", str(model))
+    command += " --attn-implementation sdpa"
+    options = asked(tmp_path, "burst", 12)
+    found = served(RunFolder(serve_by_url(options, Asked(address, command=command), Stages(quiet=True))))
+    assert found.requests["status"].to_list() == ["finished"] * 12
+    assert found.requests["output_tokens"].between(1, 5).all()
+    # It is gone with its children.
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def tiny_model(folder: Path) -> Path:
+    """Save a Llama of two layers with a tokenizer of words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, **heads)).save_pretrained(folder)
+    words = ["<pad>", "<unk>", "<s>", *(f"w{n}" for n in range(509))]
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>", bos_token="<s>")
+    made.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    made.save_pretrained(folder)
+    return folder
 
 
 def test_prompts_share_no_beginning() -> None:
