@@ -112,6 +112,7 @@ def work(options: dict[str, Any], log: str) -> None:
 @common.out("Folder of the runs.  [default: serving/MODEL-PRECISION]")
 @click.option("--force", is_flag=True, help="Serve patterns again that are there.")
 @common.as_json
+@common.html
 @common.debug
 def command(
     model: str,
@@ -119,6 +120,7 @@ def command(
     out: Path | None,
     force: bool,
     as_json: bool,
+    page: Path | None,
     debug: bool,
     max_batch: int | None,
     **asked: Any,
@@ -158,6 +160,11 @@ def command(
         from llmkern.serve.statement import state
         from llmkern.study.execute import RUNS
     statement = state([folder / RUNS / name_of(p) for p in patterns if name_of(p) not in failed], failed)
+    if page is not None and statement.arrivals:
+        from llmkern.report.serve_page import write_serve_page
+
+        write_serve_page(statement, page)
+        click.echo(f"Wrote {page} ({page.stat().st_size / 2**20:.1f} MiB).", err=True)
     if as_json:
         from llmkern.report.document import echo
 

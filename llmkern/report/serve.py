@@ -27,21 +27,10 @@ def print_serve(statement: ServeStatement, console: Console) -> None:
         console.print()
         wide = console.width >= 120
         table = Table(box=None, pad_edge=False)
-        titles = ["arrivals", "J per request", "idle J", "saved", "batch", "first token p50 / p90 / p99"]
-        titles += ["between tokens p50 / p90 / p99", "mean W", "busy"] if wide else []
-        for number, title in enumerate(titles):
+        for number, title in enumerate(columns_of(wide=wide)):
             table.add_column(title, justify="left" if number == 0 else "right", overflow="fold")
         for one in statement.arrivals:
-            row = [
-                one.pattern,
-                with_interval(one.request_j, "J"),
-                "–" if one.idle_share is None else percent(one.idle_share),
-                "–" if one.saved is None else signed(one.saved).replace("+", ""),
-                f"{one.mean_batch:.1f}",
-                _times(one.ttft_s),
-            ]
-            row += [_times(one.between_s), quantity(one.mean_w, "W"), percent(one.busy_share)] if wide else []
-            table.add_row(*row)
+            table.add_row(*row_of(one, wide=wide))
         console.print(table)
     for title, lines in (
         ("What is uncertain", list(statement.doubts)),
@@ -52,6 +41,25 @@ def print_serve(statement: ServeStatement, console: Console) -> None:
             console.print(Text(title, style="bold"))
             for line in lines:
                 console.print(Padding(f"• {line}", (0, 0, 0, 2)), highlight=False)
+
+
+def columns_of(*, wide: bool) -> list[str]:
+    """Return the titles of the table of patterns."""
+    titles = ["arrivals", "J per request", "idle J", "saved", "batch", "first token p50 / p90 / p99"]
+    return titles + (["between tokens p50 / p90 / p99", "mean W", "busy"] if wide else [])
+
+
+def row_of(one: Arrivals, *, wide: bool) -> list[str]:
+    """Return the cells of one pattern."""
+    row = [
+        one.pattern,
+        with_interval(one.request_j, "J"),
+        "–" if one.idle_share is None else percent(one.idle_share),
+        "–" if one.saved is None else signed(one.saved).replace("+", ""),
+        f"{one.mean_batch:.1f}",
+        _times(one.ttft_s),
+    ]
+    return row + ([_times(one.between_s), quantity(one.mean_w, "W"), percent(one.busy_share)] if wide else [])
 
 
 def _times(percentiles: tuple[float, ...]) -> str:

@@ -47,7 +47,7 @@ def figure_spec(figure: Figure) -> Spec:
     known = known[known > 0]
     ends = [float(known.min()) / _MARGIN, float(known.max()) * _MARGIN]
     scale = alt.Scale(type="log", domain=ends, nice=False)
-    y = alt.Y("value:Q", title=f"{figure.unit} (log)", scale=scale, axis=alt.Axis(format="~s"))
+    y = alt.Y("value:Q", title=f"{figure.unit or figure.y} (log)", scale=scale, axis=alt.Axis(format="~s"))
     base = alt.Chart(data)
     coloured = alt.Color("series:N", scale=colours, legend=legend)
     points = base.mark_point(filled=True, size=70, opacity=1).encode(
@@ -59,7 +59,7 @@ def figure_spec(figure: Figure) -> Spec:
         .mark_rule(strokeWidth=1.5)
         .encode(
             x=x,
-            y=alt.Y("low:Q", title=f"{figure.unit} (log)", scale=scale),
+            y=alt.Y("low:Q", title=f"{figure.unit or figure.y} (log)", scale=scale),
             y2="high:Q",
             color=coloured,
             tooltip=tip,
@@ -79,6 +79,8 @@ def _colours(series: list[str]) -> list[str]:
 
 
 def _told(row: dict[Any, Any], unit: str) -> str:
+    if not unit:
+        return f"{row['value']:.3g}"
     if pd.isna(row["low"]) or pd.isna(row["high"]):
         return quantity(row["value"], unit)
     return with_interval(Estimate(row["value"], row["low"], row["high"]), unit)
