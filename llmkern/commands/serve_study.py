@@ -42,6 +42,16 @@ def _gpus(_context: click.Context, parameter: click.Parameter, text: str | None)
     return tuple(dict.fromkeys(int(part) for part in text.split(",")))
 
 
+def _seconds(_context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", text.strip())
+    seconds = float(found[1]) * {"ms": 1e-3, "s": 1.0}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise click.BadParameter(f"{text!r}: give a length of time with its unit, like 2s or 300ms.", param=parameter)
+    return seconds
+
+
 def work(options: dict[str, Any], log: str) -> None:
     """Serve one pattern of arrivals and leave the process with its exit code."""
     from llmkern.commands import run
@@ -91,6 +101,11 @@ def work(options: dict[str, Any], log: str) -> None:
     help="burst, burst:8@2 (8 every 2 s), fixed:0.3, uniform:0.1-0.5, poisson:5 (a second), sequential (each when the "
     f"one before is answered), trace:FILE; several times for several.  [default: {', '.join(_PATTERNS)}]",
 )
+@click.option("--find-shape", is_flag=True, help="Search the bursts that take least at --rate within --p99-ttft.")
+@click.option("--rate", type=click.FloatRange(0, 1e4, min_open=True), help="With --find-shape: requests a second.")
+@click.option(
+    "--p99-ttft", callback=_seconds, metavar="TIME", help="With --find-shape: how long a first token may take, like 2s."
+)
 @click.option("--requests", type=click.IntRange(1, 10**6), default=100, show_default=True, help="How many of each.")
 @click.option(
     "--prompt-tokens", callback=_lengths, default="200-1000", show_default=True, help="Of a prompt: one, or from-to."
@@ -123,6 +138,9 @@ def command(
     page: Path | None,
     debug: bool,
     max_batch: int | None,
+    find_shape: bool,
+    rate: float | None,
+    p99_ttft: float | None,
     **asked: Any,
 ) -> None:
     """Serve requests that arrive in different ways, and say what one of them takes: joules, idle joules, waiting.
@@ -142,6 +160,12 @@ def command(
     elif not re.match(r"https?://[^/]+", url):
         raise UsageError(f"--url {url!r} is no address: give one like http://localhost:8000/v1.")
     patterns = arrivals or _PATTERNS
+    if find_shape and (rate is None or p99_ttft is None or arrivals):
+        raise UsageError(
+            "--find-shape needs --rate and --p99-ttft, and finds the --arrivals by itself: leave them out."
+        )
+    if not find_shape and (rate is not None or p99_ttft is not None):
+        raise UsageError("--rate and --p99-ttft are for --find-shape: add it, or give --arrivals poisson:RATE.")
     for pattern in patterns:
         # What is mistyped is told before anything is loaded.
         schedule(pattern, [(1, 1)] * asked["requests"], asked["seed"])
@@ -153,7 +177,14 @@ def command(
     options = {name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s")}
     options |= {name: asked[name] for name in ("url", "gpus", "start")}
     options |= {"prompts": asked["prompt_tokens"], "answers": asked["new_tokens"], "max_requests_per_batch": max_batch}
-    failed = _serve_all(folder, patterns, {**options, "trace": {"model": model, **trace}}, force)
+    everything = {**options, "trace": {"model": model, **trace}}
+    if find_shape:
+        assert rate is not None
+        assert p99_ttft is not None
+        patterns, said = _search(folder, everything, (rate, p99_ttft), force)
+        failed = {}
+    else:
+        failed, said = _serve_all(folder, patterns, everything, force), ""
 
     with common.importing():
         from llmkern.report.serve import print_serve, serve_document
@@ -171,8 +202,31 @@ def command(
         echo(serve_document(statement))
     else:
         print_serve(statement, common.console())
+        if said:
+            click.echo(f"\n{said}")
     if statement.failed:
         raise LlmkernError(f"{len(statement.failed)} of {len(patterns)} patterns are not here; the reasons are above.")
+
+
+def _search(
+    folder: Path, options: dict[str, Any], asked: tuple[float, float], force: bool
+) -> tuple[tuple[str, ...], str]:
+    """Serve shapes until the best is known; return the patterns that were tried, and what is to be said of them."""
+    from llmkern.serve.shape import find_shape, told
+    from llmkern.serve.statement import read
+    from llmkern.study.execute import RUNS
+
+    def measure(pattern: str) -> Any:
+        failed = _serve_all(folder, (pattern,), options, force)
+        if failed:
+            raise LlmkernError(f"{pattern} could not be served: {next(iter(failed.values()))}")
+        return read(folder / RUNS / name_of(pattern))
+
+    rate, limit_s = asked
+    # Fewer than four bursts say nothing of the 99th percentile.
+    shapes = find_shape(measure, rate, limit_s, options["requests"] // 4)
+    frontier = ", ".join(one.result.pattern for one in shapes if one.on_frontier)
+    return tuple(one.result.pattern for one in shapes), f"{told(shapes, rate, limit_s)} Frontier: {frontier}."
 
 
 def name_of(pattern: str) -> str:
