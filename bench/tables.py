@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import argument, decode, fused, fuzz
+from bench import argument, client, decode, fused, fuzz
 from bench.result import RESULTS
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
@@ -23,7 +23,12 @@ from llmkern.report.terminal import print_report
 from llmkern.runfolder import RunFolder
 
 _ROOT = Path(__file__).parents[1]
-PAGES = (_ROOT / "README.md", _ROOT / "docs" / "measured.md", _ROOT / "docs" / "method.md")
+PAGES = (
+    _ROOT / "README.md",
+    _ROOT / "docs" / "measured.md",
+    _ROOT / "docs" / "method.md",
+    _ROOT / "docs" / "serving.md",
+)
 Cases = dict[str, dict[str, Any]]
 
 
@@ -333,6 +338,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "attribution": attribution,
     "stretch": stretch,
     "decode": decode.table,
+    "client": client.table,
     "fused": fused.table,
     "argument": argument.table,
     "fuzz": fuzz.table,
