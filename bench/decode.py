@@ -2,7 +2,8 @@
 
 python -m bench.decode --runs DIR [--only NAME ...]: each case is one weighed run (llmkern.trace --annotate-only) in a
 process of its own; cases that a result file has already are kept unless they are run again. --from FOLDER takes the
-runs that a study left there instead (llmkern study), with the commit whose code made them as --code.
+runs that a study left there instead (llmkern study bench/plans/decode.toml), with the commit whose code made them as
+--code.
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ class Estimate:
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> Estimate:
         """Return *change* of the value and of every draw; without draws only the value is known."""
-        value = float(change(np.array([self.value]))[0])
-        return Estimate.of(value, None if self.draws is None else change(self.draws), self.samples)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = float(change(np.array([self.value]))[0])
+            return Estimate.of(value, None if self.draws is None else change(self.draws), self.samples)
 
     def with_(self, other: Estimate, join: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Estimate:
         """Return *join* of this and *other*, value with value and draw with draw."""

@@ -172,6 +172,7 @@ def _print_table(checked: list[Any], budget: float | None) -> None:
 
 
 def _run(source: Any, folder: Path, plan: str, budget: float | None, skip: bool, say: Any) -> None:
+    from llmkern.runfolder.facts import without_home
     from llmkern.study import execute as study
     from llmkern.study.check import place_of
     from llmkern.study.cost import Costs, most_informative
@@ -202,7 +203,7 @@ def _run(source: Any, folder: Path, plan: str, budget: float | None, skip: bool,
                 say(f"{len(tasks) - len(chosen)} of {len(tasks)} runs are left out: they do not fit into the budget.")
             tasks = [task for task in tasks if task.name in chosen]
         state.title = source.plan.title or Path(plan).stem
-        state.command = shlex.join(["llmkern", *sys.argv[1:]])
+        state.command = without_home(shlex.join(["llmkern", *sys.argv[1:]]))
         state.started = datetime.now(UTC).isoformat(timespec="seconds")
         for name, problem in problems.items():
             state.runs.setdefault(name, {})

@@ -158,7 +158,11 @@ def by_batch(configurations: list[Pooled], phase: str, measure: str) -> dict[str
         estimate = one.per(phase, measure)
         if estimate is not None:
             axes = one.axes
-            name = f"{axes['model']} {axes['precision']}" + (f", {axes['prompts']}" if axes["prompts"] else "")
+            name = f"{axes['model']} {axes['precision']}"
+            if axes["engine"] != "eager":
+                name += f" {axes['engine']}"
+            if axes["prompts"]:
+                name += f", {axes['prompts']}"
             if axes["prompt_tokens"]:
                 name += f", {axes['prompt_tokens']} tokens"
             found.setdefault(name, {})[int(axes["batch"])] = estimate
