@@ -44,19 +44,19 @@ def send_all(
     last_s = time.monotonic()
     for number, arrival in enumerate(schedule.arrivals):
         if schedule.closed:
-            _until(server, number, limits.patience_s, look)
+            wait_for(server, number, limits.patience_s, look)
             sent.intended_ns[number] = time.time_ns()
         else:
             sent.intended_ns[number] = begin_ns + round(arrival.at_s * 1e9)
             _sleep_until(sent.intended_ns[number], look)
             if limits.in_flight is not None:
-                _until(server, number - limits.in_flight + 1, limits.patience_s, look)
+                wait_for(server, number - limits.in_flight + 1, limits.patience_s, look)
         sent.sent_ns[number] = time.time_ns()
         server.send(number, prompts[number], arrival.output_tokens)
         if time.monotonic() - last_s > _LOOK_S:
             last_s = time.monotonic()
             look()
-    _until(server, len(schedule.arrivals), limits.patience_s, look)
+    wait_for(server, len(schedule.arrivals), limits.patience_s, look)
 
 
 def _sleep_until(moment_ns: int, look: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ def _sleep_until(moment_ns: int, look: Callable[[], None]) -> None:
         pass
 
 
-def _until(server: Answers, count: int, patience_s: float, look: Callable[[], None]) -> None:
+def wait_for(server: Answers, count: int, patience_s: float, look: Callable[[], None]) -> None:
     """Wait until *count* requests were answered, or none was for *patience_s*, or the server has ended."""
     answered, since_s = server.answered, time.monotonic()
     while not server.wait(count, _LOOK_S):

@@ -17,7 +17,7 @@ from llmkern.record.rig import Rig
 from llmkern.runfolder import RunWriter
 from llmkern.runfolder.vocabulary import SERVE, WINDOW
 from llmkern.serve.arrivals import Schedule, schedule
-from llmkern.serve.client import Limits, Sent, send_all
+from llmkern.serve.client import Limits, Sent, send_all, wait_for
 from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Answers, Log, Server, logged, prompt_of
 from llmkern.session import assemble, finish, prepare, recording
 from llmkern.study.plan import Lengths
@@ -26,7 +26,7 @@ from llmkern.study.prompts import drawn
 # Rests before and after, for the floor.
 _REST_S, _RESTS = 1.2, 3
 # What is warmed up with: every kernel, at a batch of some.
-_WARMUP = 4
+_WARMUP, _WARMUP_S = 4, 600.0
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ def _warm_up(server: Answers, prompt: Any, made: Schedule) -> None:
     beyond = len(made.arrivals)
     for number in range(beyond, beyond + _WARMUP):
         server.send(number, prompt, min(8, made.arrivals[0].output_tokens + 1))
-    server.wait(_WARMUP, 600.0)
+    wait_for(server, _WARMUP, _WARMUP_S, signals.check)
     if len(server.finished) < _WARMUP:
-        reasons = next(iter(server.failed.values()), "it did not answer in ten minutes")
+        reasons = next(iter(server.failed.values()), "it has stopped, or was silent for ten minutes")
         raise DeviceError(f"the server does not answer its first requests ({reasons[:300]}).")
     server.finished.clear()
 

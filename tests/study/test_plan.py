@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -144,6 +145,57 @@ def test_prompts_of_a_file_keep_their_texts_and_answers(tmp_path: Path) -> None:
     assert 1 <= (prompts["str"].output_tokens or 0) <= 9
     assert longest == 10
     assert answers == max(5, prompts["str"].output_tokens or 0)
+
+
+class Hub:
+    """Stand in for the package datasets, which CI has no network for."""
+
+    rows: tuple[dict[str, object], ...] = ()
+
+    def load_dataset(self, name: str, split: str, streaming: bool) -> Hub:
+        assert streaming
+        if name != "org/chats":
+            raise FileNotFoundError(f"{name} does not exist")
+        return self
+
+    def take(self, count: int) -> list[dict[str, object]]:
+        return list(self.rows[:count])
+
+
+def of_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, *rows: dict[str, object]) -> list[object]:
+    hub = Hub()
+    hub.rows = rows
+    monkeypatch.setitem(sys.modules, "datasets", hub)  # type: ignore[arg-type]
+    text = AXES + f'prompts = ["x"]\n[prompts.x]\ndataset = "{name}"\noutputs = {LENGTHS}\n'
+    source = read_plan(plan(tmp_path, text), {}, {})
+    file, _, _ = write_prompts(source, source.configurations()[0], tmp_path / "out")
+    return [prompt.content for prompt in parse_prompts(file)]
+
+
+def test_prompts_of_a_data_set_are_what_users_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
+    found = of_hub(tmp_path, monkeypatch, "org/chats", {"id": 1, "messages": chat})
+    assert found == [[{"role": "user", "content": "why?"}]]
+    shared = [{"from": "human", "value": "how?"}, {"from": "gpt", "value": "so"}]
+    found = of_hub(tmp_path, monkeypatch, "org/chats", {"conversations": shared})
+    assert found == [[{"role": "user", "content": "how?"}]]
+    assert of_hub(tmp_path, monkeypatch, "org/chats", {"text": "a story"}) == ["a story"]
+
+
+def test_a_data_set_that_cannot_be_had_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UsageError, match=r"line 4: data set org/none \(train\) cannot be had \(org/none does not exist\)"
+    ):
+        of_hub(tmp_path, monkeypatch, "org/none")
+    with pytest.raises(UsageError, match=r"has no column messages or .* \(it has id\)"):
+        of_hub(tmp_path, monkeypatch, "org/chats", {"id": 1})
+    with pytest.raises(UsageError, match="holds neither texts nor chats"):
+        of_hub(tmp_path, monkeypatch, "org/chats", {"text": 7})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    text = AXES + f'prompts = ["x"]\n[prompts.x]\ndataset = "org/chats"\noutputs = {LENGTHS}\n'
+    source = read_plan(plan(tmp_path, text), {}, {})
+    with pytest.raises(UsageError, match="pip install datasets"):
+        write_prompts(source, source.configurations()[0], tmp_path / "out")
 
 
 def test_the_most_informative_runs_come_first_and_fit_the_budget() -> None:
