@@ -101,6 +101,30 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
+def _show_served(folder: Path, wanted: Wanted) -> None:
+    """Print or write what is to be said of a run that served requests."""
+    from llmkern.report.serve import print_serve, serve_document
+    from llmkern.serve.statement import state
+
+    statement = state([folder], {})
+    if wanted.page is not None and statement.arrivals:
+        from llmkern.report.serve_page import write_serve_page
+
+        write_serve_page(statement, wanted.page)
+        click.echo(f"Wrote {wanted.page} ({wanted.page.stat().st_size / 2**20:.1f} MiB).", err=True)
+    if wanted.csv_folder is not None and statement.arrivals:
+        from llmkern.report.records import write_csv
+
+        found = statement.arrivals[0].found
+        write_csv({"requests": found.requests, "iterations": found.iterations}, wanted.csv_folder)
+    if wanted.as_json:
+        from llmkern.report.document import echo
+
+        echo(serve_document(statement))
+    elif wanted.page is None:
+        print_serve(statement, console())
+
+
 def show_report(folder: Path, wanted: Wanted) -> None:
     """Print or write the report of run *folder*; nothing is written into it."""
     with importing():
@@ -113,6 +137,9 @@ def show_report(folder: Path, wanted: Wanted) -> None:
     if wanted.gpu is not None:
         run = run.of_device(wanted.gpu)
     check_wanted(run.path, wanted)
+    if run.has("requests"):
+        _show_served(run.path, wanted)
+        return
     explanation = Explanation(attribute(run))
     statement = state(explanation, wanted.top)
     if wanted.page is not None:

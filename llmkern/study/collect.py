@@ -163,6 +163,8 @@ def read_run(path: Path) -> Run:
     if facts.imported is not None or facts.prompts is None:
         raise UsageError("it is a capture of another tool: nothing was weighed.")
     # Kernels, where there are any, say nothing here.
+    if run.has("requests"):
+        raise UsageError(f"it served requests: 'llmkern report {path}' tells of them.")
     weighed = weigh_phases(run, facts.device.counter, facts.device.counted)
     if weighed is None or not weighed.phases:
         told = " ".join(weighed.unknown.values()) if weighed is not None else "no window was weighed."

@@ -87,6 +87,19 @@ def test_what_is_there_is_kept(runs: tuple[Path, dict[str, dict[str, object]]]) 
     assert (folder / "burst" / "run.json").stat().st_mtime_ns == before
 
 
+def test_a_run_that_served_is_reported_as_one(runs: tuple[Path, dict[str, dict[str, object]]], tmp_path: Path) -> None:
+    folder, _ = runs
+    done = llmkern("report", str(folder / "burst"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{REQUESTS} requests" in done.stdout
+    page = llmkern("report", str(folder / "burst"), "--html", "page.html", cwd=tmp_path)
+    assert page.returncode == 0, page.stderr
+    assert "Requests over time: burst" in (tmp_path / "page.html").read_text()
+    left = llmkern("collect", str(folder), cwd=tmp_path)
+    assert left.returncode == 2
+    assert "it served requests" in left.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
