@@ -20,7 +20,9 @@ FINISHED, FAILED, UNANSWERED = "finished", "failed", "unanswered"
 # Flash attention is not everywhere; Transformers' own paged cache over PyTorch's attention is.
 # This keeps newer releases from fetching flash attention.
 _NO_SWITCH = "auto_switch_to_flash"
-_COLLECT_S = 0.1
+_COLLECT_S, _SETTLE_S = 0.1, 10.0
+# Tokens of a block of Transformers' cache; on a CPU: requests at once, and tokens of an iteration, at the most.
+_PAGE, _TOGETHER, _MOST_TOKENS = 256, 64, 4096
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Log:
     processed: list[tuple[int, int, int, int, int]] = field(default_factory=list)
     first_ns: dict[int, int] = field(default_factory=dict)
     last_ns: dict[int, int] = field(default_factory=dict)
+    tokens: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: int = 0
 
@@ -58,6 +61,7 @@ class Log:
                 if new:
                     self.first_ns.setdefault(request, end_ns)
                     self.last_ns[request] = end_ns
+                    self.tokens[request] = self.tokens.get(request, 0) + new
 
 
 @dataclass
@@ -161,6 +165,9 @@ class Answers:
         with self._answered:
             return self._answered.wait_for(lambda: self.answered >= count, seconds)
 
+    def settle(self) -> None:
+        """Return when what is known of finished requests is all that there is to know."""
+
     @property
     def alive(self) -> bool:
         raise NotImplementedError
@@ -169,25 +176,46 @@ class Answers:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a server is to have room for: *lengths* of all requests in tokens, and limits of an iteration."""
+
+    lengths: tuple[int, ...]
+    max_batch_tokens: int | None = None
+    max_requests: int | None = None
+
+    def config(self) -> dict[str, int]:
+        """Return the limits as Transformers calls them."""
+        asked = {"max_batch_tokens": self.max_batch_tokens, "max_requests_per_batch": self.max_requests}
+        return {name: value for name, value in asked.items() if value is not None}
+
+    def least(self) -> dict[str, int]:
+        """Return a cache that holds as many of the longest requests as come together at the most."""
+        together = sorted(self.lengths, reverse=True)[: self.max_requests or _TOGETHER]
+        blocks = sum(-(-length // _PAGE) + 1 for length in together)
+        return {"num_blocks": blocks, "max_batch_tokens": self.max_batch_tokens or min(_MOST_TOKENS, blocks * _PAGE)}
+
+
 class Server(Answers):
     """The manager of continuous batching over *model*, without prefix sharing, one iteration after the other."""
 
-    def __init__(self, model: Any, max_batch_tokens: int | None, max_requests: int | None) -> None:
+    def __init__(self, model: Any, log: Log, room: Room) -> None:
         from transformers import GenerationConfig
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         logging.getLogger("transformers").setLevel(logging.ERROR)
         super().__init__()
+        self._log = log
         self._stopped = threading.Event()
         known = ContinuousBatchingConfig.__dataclass_fields__
         # Older releases of Transformers call the same attention so.
         model.set_attn_implementation("sdpa" if _NO_SWITCH in known else "paged|sdpa")
         config: dict[str, Any] = {"allow_block_sharing": False, "use_async_batching": False, "use_cuda_graph": False}
         config[_NO_SWITCH] = False
-        if max_batch_tokens is not None:
-            config["max_batch_tokens"] = max_batch_tokens
-        if max_requests is not None:
-            config["max_requests_per_batch"] = max_requests
+        config |= room.config()
+        if model.device.type == "cpu":
+            # It would take nine tenths of the memory of this machine.
+            config |= room.least()
         batching = ContinuousBatchingConfig(**{key: value for key, value in config.items() if key in known})
         # No token ends an answer: it is as long as it was asked to be.
         generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=2)
@@ -218,6 +246,14 @@ class Server(Answers):
             self.note_failed(number, str(result.error))
         elif result.is_finished():
             self.note_finished(number, len(result.generated_tokens))
+
+    def settle(self) -> None:
+        """Wait for the iteration that finished the last request: its answers are there before it is noted."""
+        until_s = time.monotonic() + _SETTLE_S
+        while any(self._log.tokens.get(n, 0) < tokens for n, tokens in self.finished.items()):
+            if time.monotonic() > until_s:
+                return
+            time.sleep(0.001)
 
     @property
     def alive(self) -> bool:

@@ -18,7 +18,7 @@ from llmkern.runfolder import RunWriter
 from llmkern.runfolder.vocabulary import SERVE, WINDOW
 from llmkern.serve.arrivals import Schedule, schedule
 from llmkern.serve.client import Limits, Sent, send_all, wait_for
-from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Answers, Log, Server, logged, prompt_of
+from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Answers, Log, Room, Server, logged, prompt_of
 from llmkern.session import assemble, finish, prepare, recording
 from llmkern.study.plan import Lengths
 from llmkern.study.prompts import drawn
@@ -84,7 +84,9 @@ def record(rig: Rig, options: ServeOptions, made: Schedule) -> None:
         for number, arrival in enumerate(made.arrivals)
     ]
     log = Log()
-    server = Server(rig.model, options.max_batch_tokens, options.max_requests_per_batch)
+    lengths = tuple(arrival.prompt_tokens + arrival.output_tokens for arrival in made.arrivals)
+    room = Room((*lengths, *[max(lengths)] * _WARMUP), options.max_batch_tokens, options.max_requests_per_batch)
+    server = Server(rig.model, log, room)
     with rig.metered(), logged(log, rig.device.synchronize):
         server.start()
         try:
@@ -118,6 +120,7 @@ def arrive(rig: Rig, work: Arriving) -> None:
                 rig.wait_for_ticks(1)
                 with rig.annotator.range(f"serve {work.made.pattern}", WINDOW):
                     send_all(work.made, work.prompts, work.server, work.limits, pump.check, sent)
+                    work.server.settle()
         finally:
             # Whatever ended it: what was answered is kept.
             rig.writer.append("requests", _rows(work, sent))

@@ -115,7 +115,8 @@ def test_transformers_serve_is_started_asked_and_stopped(tmp_path: Path, monkeyp
     where = f"--host 127.0.0.1 --port {port} --device cpu --dtype float32"
     command = f"{Path(sys.executable).parent}/transformers serve {model} --continuous-batching {where}"
     address = Address(f"http://127.0.0.1:{port}/v1", str(model))
-    command += " --attn-implementation sdpa"
+    # Without a number of blocks it takes nine tenths of the memory.
+    command += " --attn-implementation sdpa --cb-num-blocks 64 --cb-max-batch-tokens 1024"
     options = asked(tmp_path, "burst", 12)
     found = served(RunFolder(serve_by_url(options, Asked(address, command=command), Stages(quiet=True))))
     assert found.requests["status"].to_list() == ["finished"] * 12

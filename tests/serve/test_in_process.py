@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmkern.runfolder import RunFolder
+from llmkern.serve.server import Room
 
 PATTERNS = ("sequential", "burst", "burst:20@1.2", "uniform:0.001-0.02", "fixed:0.01")
 REQUESTS = 40
@@ -66,6 +67,14 @@ def test_every_request_is_answered_and_every_token_accounted_for(
     assert (requests["first_token_ns"] <= requests["last_token_ns"]).all()
     iterations = run.table("iterations").sort_values("start_ns")
     assert (iterations["end_ns"].iloc[:-1].to_numpy() <= iterations["start_ns"].iloc[1:].to_numpy()).all()
+
+
+def test_the_cache_is_as_large_as_the_requests_and_not_as_the_machine() -> None:
+    """On the CPU Transformers took 14 GB for a model of 10 MB, and the kernel killed what ran beside it."""
+    few = Room((100, 300, 257))
+    assert few.least() == {"num_blocks": (1 + 2 + 2) + 3, "max_batch_tokens": 8 * 256}
+    assert Room((100,) * 10_000).least()["num_blocks"] == 64 * 2
+    assert Room((100,) * 10_000, 512, 8).least() == {"num_blocks": 16, "max_batch_tokens": 512}
 
 
 def test_requests_share_iterations_when_they_come_together(
