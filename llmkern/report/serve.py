@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from llmkern.report.document import SCHEMA
 from llmkern.report.heading import called
 from llmkern.report.records import estimate_facts
+from llmkern.report.study import print_open
 from llmkern.serve.statement import Arrivals, ServeStatement
 from llmkern.text import percent, quantity, signed, with_interval
 
@@ -32,15 +32,7 @@ def print_serve(statement: ServeStatement, console: Console) -> None:
         for one in statement.arrivals:
             table.add_row(*row_of(one, wide=wide))
         console.print(table)
-    for title, lines in (
-        ("What is uncertain", list(statement.doubts)),
-        ("Not here", [f"{name}: {reason}" for name, reason in statement.failed.items()]),
-    ):
-        if lines:
-            console.print()
-            console.print(Text(title, style="bold"))
-            for line in lines:
-                console.print(Padding(f"• {line}", (0, 0, 0, 2)), highlight=False)
+    print_open(statement.doubts, statement.failed, console)
 
 
 def columns_of(*, wide: bool) -> list[str]:

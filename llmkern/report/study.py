@@ -55,10 +55,13 @@ def print_study(statement: StudyStatement, console: Console) -> None:
             console.print(Padding(said, (0, 0, 0, 2)), highlight=False)
             for line in claim.numbers:
                 console.print(Padding(line, (0, 0, 0, 6)), highlight=False)
-    for title, lines in (
-        ("What is uncertain", statement.doubts),
-        ("Not here", [f"{name}: {reason}" for name, reason in statement.failed.items()]),
-    ):
+    print_open(statement.doubts, statement.failed, console)
+
+
+def print_open(doubts: tuple[str, ...], failed: dict[str, str], console: Console) -> None:
+    """Print what is uncertain, and why runs are missing."""
+    missing = [f"{name}: {reason}" for name, reason in failed.items()]
+    for title, lines in (("What is uncertain", doubts), ("Not here", missing)):
         if lines:
             console.print()
             console.print(Text(title, style="bold"))
