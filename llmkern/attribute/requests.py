@@ -19,6 +19,8 @@ from llmkern.runfolder.vocabulary import IDLE, SERVE, WINDOW
 _APART_TICKS = 3.0
 # An interval wants several parts of a run that are apart from each other.
 _BLOCKS = 10
+# Points of a line over time.
+_PARTS = 240
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Served:
     floor: Floor | None = None
     # By time in flight, for the server's iterations were not seen.
     estimated: bool = False
+    # ``second`` of the window and mean ``watts`` from there on; None without a counter.
+    power: pd.DataFrame | None = None
 
     @property
     def seconds(self) -> float:
@@ -112,7 +116,19 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
     requests, unclaimed_j = shared(requests, iterations, processed)
     idle_j = counter_j - float(requests["energy_j"].sum())
     joules = {"counter_j": counter_j, "idle_j": idle_j, "unclaimed_j": unclaimed_j}
-    return Served(requests, iterations, start_ns, end_ns, busy_s, floor=floor, estimated=estimated, **joules)
+    power = mean_power(curve, start_ns, end_ns)
+    return Served(
+        requests, iterations, start_ns, end_ns, busy_s, floor=floor, estimated=estimated, power=power, **joules
+    )
+
+
+def mean_power(curve: EnergyCurve, start_ns: int, end_ns: int) -> pd.DataFrame:
+    """Return the mean power in W over parts of a window that are no shorter than two ticks, 240 at the most."""
+    tick_ns = float(np.median(np.diff(curve.tick_ns)))
+    count = int(max(1, min(_PARTS, (end_ns - start_ns) / (2 * tick_ns))))
+    edges = np.linspace(start_ns, end_ns, count + 1)
+    watts = np.diff(curve.at(edges)) / (np.diff(edges) / 1e9)
+    return pd.DataFrame({"second": (edges[:-1] - start_ns) / 1e9, "watts": watts})
 
 
 def in_flight(requests: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -87,8 +87,9 @@ def _answer(statement: ServeStatement) -> list[str]:
 
 
 def _over_time(one: Arrivals) -> Spec:
+    """Return open requests and batch over the window, with the power above them where there is energy."""
     frame = over_time(one).round(4)
-    chart = (
+    lines: Any = (
         alt.Chart(alt.Data(values=records(frame)))
         .mark_line(interpolate="step-after", strokeWidth=1.5)
         .encode(
@@ -97,9 +98,18 @@ def _over_time(one: Arrivals) -> Spec:
             color=alt.Color(
                 "what:N",
                 scale=alt.Scale(domain=["open requests", "batch"], range=["#e0a526", "#1f6fb4"]),
-                legend=alt.Legend(title=None, orient="top"),
+                legend=alt.Legend(title=None, orient="bottom"),
             ),
         )
         .properties(height=160)
     )
-    return _finished(chart, f"Open requests and batch over {one.found.seconds:.1f} s of {one.pattern} arrivals")
+    told = f"Open requests and batch over {one.found.seconds:.1f} s of {one.pattern} arrivals"
+    if one.found.power is None:
+        return _finished(lines, told)
+    power = (
+        alt.Chart(alt.Data(values=records(one.found.power.round(2))))
+        .mark_line(interpolate="step-after", strokeWidth=1.5, color="#e4572e")
+        .encode(x=alt.X("second:Q", title=None, axis=alt.Axis(labels=False)), y=alt.Y("watts:Q", title="W"))
+        .properties(height=90)
+    )
+    return _finished(alt.vconcat(power, lines, spacing=4), f"{told}, and the power that it took")

@@ -93,6 +93,14 @@ def test_over_time_nothing_between_two_points_is_lost(statement: ServeStatement)
     assert batch.mean() * burst.found.seconds == pytest.approx(3.6 * COUNT, rel=1e-3)
 
 
+def test_power_over_time_is_the_counters(statement: ServeStatement) -> None:
+    burst = statement.arrivals[1].found
+    assert burst.power is not None
+    assert burst.power["watts"].mean() * burst.seconds == pytest.approx(burst.counter_j, rel=0.01)
+    assert burst.power["watts"].max() == pytest.approx(FLOOR_W + PREFILL_W, rel=0.01)
+    assert burst.power["watts"].min() == pytest.approx(FLOOR_W, rel=0.01)
+
+
 def test_what_was_answered_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "llmkern", "serve-study", "--model", "qwen-tiny", "--device", "cpu"),
