@@ -26,6 +26,13 @@ def quantity(value: float | None, unit: str) -> str:
     return f"{_digits(value / factor)} {name}"
 
 
+def duration(seconds: float) -> str:
+    """Return a length of time as people plan with it: in s, min or h."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def with_interval(estimate: Estimate | None, unit: str) -> str:
     """Return an estimate as value [low, high], in one unit and with the digits that its interval leaves room for."""
     if estimate is None:

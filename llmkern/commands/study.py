@@ -156,6 +156,8 @@ def _prepared(source: Any, scratch: Path, folder: Path, say: Any) -> tuple[list[
 def _print_table(checked: list[Any], budget: float | None) -> None:
     from rich.table import Table
 
+    from llmkern.text import duration
+
     table = Table(box=None, pad_edge=False)
     for title in ("run", "about", "needs", "cannot be, because"):
         table.add_column(title, justify="left" if title in ("run", "cannot be, because") else "right")
@@ -163,12 +165,12 @@ def _print_table(checked: list[Any], budget: float | None) -> None:
         if one.problem:
             table.add_row(one.name, "–", "–", one.problem)
         else:
-            table.add_row(one.name, f"{one.guessed_s:.0f} s", f"{one.needed_bytes / 2**30:.1f} GiB", "")
+            table.add_row(one.name, duration(one.guessed_s), f"{one.needed_bytes / 2**30:.1f} GiB", "")
     console = common.console()
     console.print(table)
     total_s = sum(one.guessed_s for one in checked)
-    limit = "" if budget is None else f" of a budget of {budget / 60:.0f} min"
-    click.echo(f"{len(checked)} runs, roughly {total_s / 60:.0f} min{limit}; a guess until the first are done.")
+    limit = "" if budget is None else f", of a budget of {duration(budget)}"
+    click.echo(f"{len(checked)} runs, roughly {duration(total_s)}{limit}; a guess until the first are done.")
 
 
 def _run(source: Any, folder: Path, plan: str, budget: float | None, skip: bool, say: Any) -> None:

@@ -22,6 +22,7 @@ from llmkern.errors import LlmkernError, RecordingError, RunFolderError, UsageEr
 from llmkern.runfolder import RunFolder
 from llmkern.study.cost import Costs
 from llmkern.study.plan import Configuration
+from llmkern.text import duration
 
 STATE, RUNS, LOGS, PROMPTS, LOCK = "study.json", "runs", "logs", "prompts", ".lock"
 SCHEMA = 1
@@ -188,7 +189,7 @@ def execute(study: Study, tasks: list[Task], work: Work, order: Order, say: Call
             task = fits
         left.remove(task)
         number = len(missing) - len(left)
-        guess, rest = _told(costs.of([task.name])), _told(costs.of([one.name for one in [task, *left]]))
+        guess, rest = duration(costs.of([task.name])), duration(costs.of([one.name for one in [task, *left]]))
         say(f"{number} of {len(missing)}: {task.name} (about {guess}; {rest} to the end)")
         run_s = time.monotonic()
         code, log = in_child(study.folder, task, work)
@@ -201,10 +202,6 @@ def execute(study: Study, tasks: list[Task], work: Work, order: Order, say: Call
             reason = why(log, code)
             study.note(task.name, status=FAILED, reason=reason, elapsed_s=elapsed_s, ended=now)
             say(f"  failed: {reason}")
-
-
-def _told(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def in_child(folder: Path, task: Named, work: Work) -> tuple[int, Path]:
