@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
-import resource
+import re
 import sqlite3
 import sys
 import tempfile
@@ -157,15 +158,26 @@ def judge(folder: Path, seed: int, number: int) -> Judged:
             if code != 0:
                 verdict = REFUSED
                 break
-        # Of this process since it began, in KiB.
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 > MOST_BYTES:
+        if peak_bytes() > MOST_BYTES:
             return Judged(number, what, WRONG, "the process grew beyond 1 GB")
         return Judged(number, what, verdict, "")
 
 
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # New processes: one that was forked begins with the memory of whoever asked.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def peak_bytes() -> int:
+    """Return the most memory that this process ever had; getrusage also counts what came before it was executed."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
 def run_all(seed: int, count: int, workers: int) -> list[Judged]:
     """Return what *count* changed captures came to."""
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
+    with tempfile.TemporaryDirectory() as folder, _pool(workers) as pool:
         futures = [pool.submit(judge, Path(folder), seed, number) for number in range(count)]
         return [future.result() for future in futures]
 
