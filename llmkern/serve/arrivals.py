@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -87,11 +88,7 @@ def _times(kind: str, rest: str, pattern: str, count: int, seed: int) -> list[fl
 
 def _summed(gaps: list[float]) -> list[float]:
     """Return the moments of requests of which each comes *gaps* after the one before, the first at once."""
-    times, at_s = [], 0.0
-    for number in range(len(gaps)):
-        times.append(at_s)
-        at_s += gaps[number]
-    return times
+    return list(itertools.accumulate(gaps[:-1], initial=0.0))
 
 
 def _number(text: str, pattern: str) -> float:

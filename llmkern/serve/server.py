@@ -6,6 +6,7 @@ import functools
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,8 +18,7 @@ from llmkern.errors import DeviceError
 from llmkern.runfolder.vocabulary import DOMAIN
 
 FINISHED, FAILED, UNANSWERED = "finished", "failed", "unanswered"
-# Flash attention is not everywhere; Transformers' own paged cache over PyTorch's attention is.
-# This keeps newer releases from fetching flash attention.
+# Flash attention is not everywhere, PyTorch's is: this keeps newer releases from fetching the other.
 _NO_SWITCH = "auto_switch_to_flash"
 _COLLECT_S, _SETTLE_S = 0.1, 10.0
 # Tokens of a block of Transformers' cache; on a CPU: requests at once, and tokens of an iteration, at the most.
@@ -137,7 +137,7 @@ def _tokens(scheduled: Any) -> tuple[Any, int, int]:
     return state, 0 if decoding else count, count if decoding else 0
 
 
-class Answers:
+class Answers(ABC):
     """How requests ended, and waiting for them: what every kind of server has."""
 
     def __init__(self) -> None:
@@ -165,15 +165,17 @@ class Answers:
         with self._answered:
             return self._answered.wait_for(lambda: self.answered >= count, seconds)
 
-    def settle(self) -> None:
-        """Return when what is known of finished requests is all that there is to know."""
+    def settle(self) -> None:  # noqa: B027
+        """Return when what is known of finished requests is all that there is to know: mostly at once."""
 
     @property
+    @abstractmethod
     def alive(self) -> bool:
-        raise NotImplementedError
+        """Whether it can still answer."""
 
+    @abstractmethod
     def send(self, number: int, prompt: Any, new_tokens: int) -> None:
-        raise NotImplementedError
+        """Hand over request *number* without waiting for its answer."""
 
 
 @dataclass(frozen=True)
