@@ -38,7 +38,15 @@ from llmkern.record.passes.weigh import warm_up, weigh
 from llmkern.record.rig import Rig
 from llmkern.runfolder import RunFolder, RunWriter
 from llmkern.runfolder import vocabulary as word
-from llmkern.runfolder.facts import ModelFacts, OutlierFacts, PromptFacts, ReplayFacts, RunFacts, without_home
+from llmkern.runfolder.facts import (
+    ModelFacts,
+    OutlierFacts,
+    PromptFacts,
+    PromptSetFacts,
+    ReplayFacts,
+    RunFacts,
+    without_home,
+)
 from llmkern.runfolder.place import check_output, check_run_target
 from llmkern.runfolder.schema import TABLES
 from llmkern.workload.engine import use_graph
@@ -54,7 +62,7 @@ from llmkern.workload.precision import (
     have_bitsandbytes,
     required_bytes,
 )
-from llmkern.workload.prompts import PromptSet, builtin_prompts, encode_prompts, parse_prompts
+from llmkern.workload.prompts import PromptSet, builtin_prompts, encode_prompts, encode_set, parse_prompts
 from llmkern.workload.weights import RandomWeights
 
 DEFAULT_PROMPT_TOKENS = 512
@@ -74,7 +82,7 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
         elapsed_s = round(time.monotonic() - started_s, 3)
         with signals.deferred():
             finish(writer, stages, elapsed_s=elapsed_s, clock=rig.clock.facts())
-        if not (options.quick or options.no_cache or options.annotate_only):
+        if options.records_kernels and not (options.quick or options.no_cache):
             keep_replays(RunFolder(job.target))
     return job.target
 
@@ -88,6 +96,7 @@ class Job:
     device: Device
     source: Source
     prompts: PromptSet
+    prompt_set: tuple[PromptSet, ...]
     target: Path
     needed: int
     free: int
@@ -109,6 +118,13 @@ class Job:
                 output_tokens=tuple(min(n, self.options.new_tokens) for n in self.prompts.output_tokens),
                 source=self.prompts.source,
             ),
+            prompt_set=PromptSetFacts(
+                batches=len(self.prompt_set),
+                effective_tokens=sum(sum(batch.effective_tokens) for batch in self.prompt_set),
+                computed_tokens=sum(batch.computed_tokens for batch in self.prompt_set),
+            )
+            if self.prompt_set
+            else None,
         )
 
     def out_of_memory(self) -> str:
@@ -129,7 +145,7 @@ def prepare(options: TraceOptions) -> Job:
     check_output(target, [options.prompts, spec.path])
     check_run_target(target, options.force)
     device = choose_device(options.device)
-    if not options.annotate_only:
+    if options.records_kernels:
         device.check_unprofiled()
     if options.engine == "graph":
         device.check_graphs()
@@ -147,6 +163,12 @@ def prepare(options: TraceOptions) -> Job:
         prompts = builtin_prompts(options.batch, tokens, tokenizer, shape.vocabulary, options.seed)
     tokens = int(prompts.input_ids.shape[1])
     _check_positions(tokens, options.new_tokens, shape)
+    prompt_set: tuple[PromptSet, ...] = ()
+    if options.prefill_prompts is not None:
+        more = parse_prompts(options.prefill_prompts)
+        prompt_set = encode_set(more, tokenizer, shape.vocabulary, options.batch, options.seed)
+        tokens = max(tokens, *(int(batch.input_ids.shape[1]) for batch in prompt_set))
+        _check_positions(tokens, 1, shape)
     work = Workload(options.precision, options.batch, tokens, options.new_tokens, options.double_quant)
     if options.engine == "fused":
         dtype = DTYPES.get(options.precision, torch.bfloat16)
@@ -154,7 +176,7 @@ def prepare(options: TraceOptions) -> Job:
     needed = required_bytes(config, work)
     free, total = device.free_bytes()
     check_memory(needed, free, total, device.facts().name)
-    return Job(options, spec, device, source, prompts, target, needed, free, total)
+    return Job(options, spec, device, source, prompts, prompt_set, target, needed, free, total)
 
 
 def check_options(options: TraceOptions) -> None:
@@ -167,6 +189,14 @@ def check_options(options: TraceOptions) -> None:
         raise UsageError(
             f"--int8-threshold {options.int8_threshold:g} means nothing at --precision {options.precision}: leave it "
             "out, or use --precision int8."
+        )
+    if options.annotate_only and options.weigh_only:
+        raise UsageError(
+            "--annotate-only is for a profiler that watches, --weigh-only for none: leave one of the two out."
+        )
+    if options.prefill_prompts is not None and options.engine != "eager":
+        raise UsageError(
+            f"prompts of many lengths cannot be weighed with --engine {options.engine}, whose cache has one: use eager."
         )
     if options.double_quant and options.precision != "int4":
         raise UsageError(
@@ -256,7 +286,11 @@ def assemble(job: Job, writer: RunWriter, stages: Stages) -> Rig:
     if options.engine == "graph":
         cache = use_graph(model, int(ids.shape[1]), options.new_tokens)
     generation = Generation(model, inputs, Annotator(), device.synchronize, cache)
-    return Rig(device, tuple(device.meters()), generation, model, writer, stages, options, clock)
+    more = tuple(
+        replace(generation, inputs={name: getattr(batch, name).to(device.torch_device) for name in inputs})
+        for batch in job.prompt_set
+    )
+    return Rig(device, tuple(device.meters()), generation, model, writer, stages, options, clock, more)
 
 
 def record(rig: Rig) -> None:
@@ -271,7 +305,7 @@ def record(rig: Rig) -> None:
         if rig.options.annotate_only:
             with timed(rig, "time"):
                 annotate_generations(rig)
-        else:
+        elif rig.options.records_kernels:
             with timed(rig, "time"):
                 record_timelines(rig)
             with timed(rig, "effect"):

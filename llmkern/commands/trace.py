@@ -80,6 +80,7 @@ from llmkern.runfolder.vocabulary import ENGINES, FUSED, PRECISIONS, WEIGHTS
     is_flag=True,
     help="Record no kernels: for 'nsys profile', which does; weigh energy, emit NVTX ranges and power.",
 )
+@click.option("--weigh-only", is_flag=True, help="Record no kernels: latency and energy of each phase only.")
 @click.option(
     "--unweighed-window-s",
     type=click.FloatRange(0.0, 3600.0),

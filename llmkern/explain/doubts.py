@@ -11,7 +11,7 @@ from llmkern.explain.compare import OVERLAP_LIMIT
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder import vocabulary as word
 from llmkern.runfolder.facts import RunFacts
-from llmkern.runfolder.vocabulary import DRIFT, STEP_NS
+from llmkern.runfolder.vocabulary import DECODE, DRIFT, PREFILL, STEP_NS
 from llmkern.text import quantity
 
 # Above this the recorder changes the run too much for its gaps to be taken at face value.
@@ -25,6 +25,8 @@ CLOSURE_LIMIT = 0.05
 WORKLOAD_LIMIT = 0.3
 # A difference of less than this share of its parts says little.
 LEAST_SHARE = 0.15
+# The first generation of a length is told of where it takes this many times as long as later ones, and so much more.
+FIRST_LIMIT, FIRST_S = 1.5, 0.2
 _THROTTLE = {
     0x4: "the software power cap",
     0x8: "a hardware slowdown",
@@ -43,6 +45,7 @@ def doubts(run: RunFolder, attribution: Attribution) -> list[str]:
         *_prompts(run.facts),
         *_clock(run),
         *_energy(run, attribution),
+        *_first_of_its_length(run, attribution),
         *_recorder(run, attribution),
         *_agreement(attribution),
         *_operators(attribution.identified),
@@ -99,6 +102,8 @@ def _energy(run: RunFolder, attribution: Attribution) -> list[str]:
             *run.facts.imported.told,
             *_overlap(attribution),
         ]
+    if run.facts.options.weigh_only:
+        return ["No kernels were recorded (--weigh-only): latency and joules of each phase only."]
     if run.facts.options.annotate_only and run.facts.imported is None:
         return [
             "No kernels were recorded (--annotate-only): export the profiler's capture and complete this run with "
@@ -146,6 +151,25 @@ def _of_energy(run: RunFolder, attribution: Attribution) -> list[str]:
                 f"{floor.highest_c:.0f} °C and extended by {beyond:.0f} °C."
             )
     return found
+
+
+def _first_of_its_length(run: RunFolder, attribution: Attribution) -> list[str]:
+    """Say what a generation costs whose lengths were not met before: whoever serves meets them all the time."""
+    plan, weighed = run.facts.plan, attribution.weighed
+    if plan is None or plan.first_generate_s is None or weighed is None or not {PREFILL, DECODE} <= set(weighed.phases):
+        return []
+    first, steps = plan.first_generate_s, plan.new_tokens - 1
+    later = weighed.phases[PREFILL].latency_s + weighed.phases[DECODE].latency_s.scaled(steps)
+    most = later.value if later.high is None else later.high
+    if first < FIRST_LIMIT * most or first - most < FIRST_S:
+        return []
+    names = attribution.timeline.kernels["name"].astype(str)
+    why = " (cuDNN plans its attention for each length of the cache)" if names.str.contains("cudnn").any() else ""
+    return [
+        f"The first generation of these lengths took {quantity(first, 's')}, later ones {quantity(later.value, 's')}: "
+        f"lengths that were not met before take {quantity((first - later.value) / steps, 's')} more for each token"
+        f"{why}, which is in no figure here, and in those of a server that meets new ones all the time."
+    ]
 
 
 def _overlap(attribution: Attribution) -> list[str]:

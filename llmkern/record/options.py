@@ -31,6 +31,9 @@ class TraceOptions:
     quick: bool = False
     no_cache: bool = False
     annotate_only: bool = False
+    weigh_only: bool = False
+    # More prompts, whose prefills are weighed in batches beside those of the batch that is generated for.
+    prefill_prompts: Path | None = None
     estimate_ram: bool = False
     unweighed_window_s: float | None = None
     out: Path | None = None
@@ -39,5 +42,11 @@ class TraceOptions:
     def facts(self) -> OptionFacts:
         """Return the options as run.json keeps them; where the run was written is no part of it."""
         kept = {name: getattr(self, name) for name in OptionFacts.__dataclass_fields__}
-        prompts = None if self.prompts is None else without_home(str(self.prompts))
-        return OptionFacts(**{**kept, "model": without_home(self.model), "prompts": prompts})
+        for name in ("prompts", "prefill_prompts"):
+            kept[name] = None if kept[name] is None else without_home(str(kept[name]))
+        return OptionFacts(**{**kept, "model": without_home(self.model)})
+
+    @property
+    def records_kernels(self) -> bool:
+        """Return whether anything but latency and energy is recorded by llmkern itself."""
+        return not (self.annotate_only or self.weigh_only)

@@ -35,6 +35,8 @@ class Rig:
     stages: Stages
     options: TraceOptions
     clock: ClockWatch
+    # Of other batches of prompts, which are prefilled only.
+    prompt_set: tuple[Generation, ...] = ()
 
     @property
     def annotator(self) -> Annotator:

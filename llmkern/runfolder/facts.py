@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from llmkern.errors import RunFolderError, UsageError
+from llmkern.errors import UsageError
 from llmkern.runfolder import vocabulary as word
 
 SCHEMA_VERSION = 2
@@ -52,6 +52,8 @@ class OptionFacts:
     quick: bool = False
     no_cache: bool = False
     annotate_only: bool = False
+    weigh_only: bool = False
+    prefill_prompts: str | None = None
     estimate_ram: bool = False
     unweighed_window_s: Amount | None = None
 
@@ -149,10 +151,19 @@ class PromptFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptSetFacts:
+    """Batches of prompts whose prefills are weighed beside the batch that is generated for; tokens of all of them."""
+
+    batches: Positive
+    effective_tokens: Positive
+    computed_tokens: Positive
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanFacts:
     """The weigh pass as planned: generations per window at least, and how long each window lasts at least.
 
-    *generate_s* is what a whole generation took by the warm-up.
+    *generate_s* is what a whole generation took by the warm-up, *first_generate_s* the first one of that length.
     """
 
     prefill_repeats: tuple[Positive, ...] = ()
@@ -160,6 +171,7 @@ class PlanFacts:
     new_tokens: Positive = 2
     shortest_s: Amount | None = None
     generate_s: Amount | None = None
+    first_generate_s: Amount | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +294,7 @@ class RunFacts:
     versions: dict[str, str | None] = field(default_factory=dict)
     model: ModelFacts | None = None
     prompts: PromptFacts | None = None
+    prompt_set: PromptSetFacts | None = None
     plan: PlanFacts | None = None
     own_cost: OwnCostFacts | None = None
     recorders: dict[str, RecorderFacts] = field(default_factory=dict)
@@ -307,66 +320,9 @@ class RunFacts:
         return replace(last, **sums)
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of run.json."""
-    return msgspec.json.schema(RunFacts)
-
-
-def encode(facts: RunFacts) -> bytes:
-    """Return *facts* as the text of run.json."""
-    return msgspec.json.format(msgspec.json.encode(facts), indent=2) + b"\n"
-
-
-def decode(text: bytes, file: Path) -> RunFacts:
-    """Return the facts in *text*, the content of *file*.
-
-    Raises RunFolderError with file, place and value for what is no run.json or of a schema that is not known.
-    """
-    try:
-        found = msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise RunFolderError(
-            f"{file} cannot be read ({_first_line(error)}): it was cut off or changed by hand; restore it, or trace "
-            "the run again."
-        ) from error
-    version = found.get("schema") if isinstance(found, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version not in (SCHEMA_VERSION, *OLDER_VERSIONS):
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
-        raise RunFolderError(
-            f"{file.parent} has run-folder schema {_short(version)}, this llmkern reads schema {SCHEMA_VERSION}: "
-            f"{'update llmkern' if newer else 'trace the run again'}."
-        )
-    try:
-        return msgspec.convert(_of_today(found, version), RunFacts)
-    except (msgspec.ValidationError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise RunFolderError(
-            f"{file} holds a value that no run has ({_first_line(error)}): it was changed by hand; restore it, or "
-            "trace the run again."
-        ) from error
-
-
-def _of_today(found: dict[str, Any], version: int) -> dict[str, Any]:
-    """Return facts of an older schema in the form of this one; what they did not have stays unknown."""
-    if version == SCHEMA_VERSION:
-        return found
-    moved = {"recorder": word.TIME, "inspected": word.INSPECT}
-    known = {f for f in RunFacts.__dataclass_fields__ if f not in ("recorders", "labels", "tables")}
-    facts = {name: value for name, value in found.items() if name in known}
-    facts["schema"] = SCHEMA_VERSION
-    recorders = {new: found[old] for old, new in moved.items() if old in found}
-    if recorders:
-        facts["recorders"] = recorders
-    rest = {n: v for n, v in found.items() if n not in known and n not in moved and isinstance(v, str)}
-    return {**facts, "labels": rest}
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of what *error* says."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def device_facts(values: dict[str, Any]) -> DeviceFacts:
@@ -380,7 +336,7 @@ def device_facts(values: dict[str, Any]) -> DeviceFacts:
         found = msgspec.convert(needed, DeviceFacts)
     except msgspec.ValidationError as error:
         raise UsageError(
-            f"the capture's device cannot be ({_first_line(error)}): export it again, or import it in parts."
+            f"the capture's device cannot be ({first_line(error)}): export it again, or import it in parts."
         ) from error
     for name, value in known.items():
         with suppress(msgspec.ValidationError):

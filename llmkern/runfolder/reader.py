@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from llmkern.errors import RunFolderError, UsageError
 from llmkern.runfolder import vocabulary as word
-from llmkern.runfolder.facts import MOST_BYTES, RunFacts, decode
+from llmkern.runfolder.document import decode
+from llmkern.runfolder.facts import MOST_BYTES, RunFacts
 from llmkern.runfolder.place import FACTS, PARTIAL, SEGMENTS
 from llmkern.runfolder.schema import ADDED, DERIVED, TABLES
 from llmkern.runfolder.validate import check, conform

@@ -24,6 +24,8 @@ PHASES = (PREFILL, DECODE)
 PASS, WINDOW, GENERATE, PHASE, TOKEN, LAYER, IDLE, LOAD = (
     *("pass", "window", "generate", "phase", "token", "layer", "idle", "load"),
 )
+# A window of prefills of many batches of prompts, beside those of the batch that is generated for.
+PROMPT_SET = "prompt set"
 
 # Energy counters by the kind of device that they count.
 NVML_COUNTER, RAPL_COUNTER = "nvml_total", "rapl_package"

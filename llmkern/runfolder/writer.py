@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 
 from llmkern.errors import RecordingError, UsageError
 from llmkern.runfolder import vocabulary as word
-from llmkern.runfolder.facts import RunFacts, TableFacts, encode
+from llmkern.runfolder.document import encode
+from llmkern.runfolder.facts import RunFacts, TableFacts
 from llmkern.runfolder.place import FACTS, LOCK, SEGMENTS, check_run_target, folder_beside, swap_in
 from llmkern.runfolder.schema import TABLES, to_table
 

@@ -30,7 +30,7 @@ def tasks_of(source: Source, folder: Path) -> list[Task]:
     """Return the runs of a plan with their options; prompts that are drawn are written into *folder* first."""
     settings = source.plan.options
     common: dict[str, Any] = {
-        "annotate_only": settings.record == "windows",
+        "weigh_only": settings.record == "windows",
         "quick": settings.record != "replays",
         "unweighed_window_s": _UNWEIGHED_S,
         **{name: getattr(settings, name) for name in ("repeats", "warmup", "weights", "device", "outliers")},
@@ -44,8 +44,8 @@ def tasks_of(source: Source, folder: Path) -> list[Task]:
         if one.precision == "int8":
             options["int8_threshold"] = settings.int8_threshold
         if one.prompts:
-            file, _, answers = write_prompts(source, one, folder / PROMPTS)
-            options |= {"prompts": file, "new_tokens": answers}
+            written = write_prompts(source, one, folder / PROMPTS)
+            options |= {"prompts": written.file, "new_tokens": written.answers, "prefill_prompts": written.prompt_set}
         else:
             options |= {"prompt_tokens": one.prompt_tokens, "new_tokens": one.new_tokens}
             options["seed"] += one.draw

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Run:
     axes: dict[str, Any]
     draw: int
     tokens: Tokens
+    # Of the prompts whose prefill was weighed: those of the batch, or all of the prompt set.
+    prefilled: Tokens
     measures: dict[str, dict[str, Estimate]]
     facts: RunFacts
     weighed: Weighed
@@ -101,9 +103,9 @@ class Collection:
                     "windows_j": known.windows_j,
                     "idle_j": known.idle_j,
                     "residual_j": known.residual_j,
-                    "effective_tokens": run.tokens.effective_input,
-                    "padding_tokens": run.tokens.padding,
-                    "computed_tokens": run.tokens.computed_input,
+                    "effective_tokens": run.prefilled.effective_input,
+                    "padding_tokens": run.prefilled.padding,
+                    "computed_tokens": run.prefilled.computed_input,
                 }
             )
         return pd.DataFrame(rows)
@@ -169,12 +171,20 @@ def read_run(path: Path) -> Run:
     if weighed is None or not weighed.phases:
         told = " ".join(weighed.unknown.values()) if weighed is not None else "no window was weighed."
         raise UsageError(told)
-    tokens = tokens_of(facts)
+    tokens = prefilled = tokens_of(facts)
     measures = {name: of_phase(name, weight, tokens, facts) for name, weight in weighed.phases.items()}
+    if weighed.prompt_set is not None and facts.prompt_set is not None:
+        prefilled = replace(
+            tokens,
+            batch=tokens.batch * facts.prompt_set.batches,
+            effective_input=facts.prompt_set.effective_tokens,
+            computed_input=facts.prompt_set.computed_tokens,
+        )
+        measures[PREFILL] = _of_prompt_set(weighed.prompt_set, prefilled, facts.prompt_set.batches, facts)
     if PREFILL in weighed.phases and DECODE in weighed.phases:
         whole = _generate(weighed, facts.options.new_tokens)
         measures[GENERATE] = of_phase(GENERATE, whole, tokens, facts)
-    return Run(path, axes_of(facts), _draw(facts), tokens, measures, facts, weighed, _inter_token_s(run))
+    return Run(path, axes_of(facts), _draw(facts), tokens, prefilled, measures, facts, weighed, _inter_token_s(run))
 
 
 def axes_of(facts: RunFacts) -> dict[str, Any]:
@@ -225,6 +235,13 @@ def _generate(weighed: Weighed, new_tokens: int) -> PhaseWeight:
     return PhaseWeight(GENERATE, "batch", seconds, latency_s, joules, energy_j, seconds, joules)
 
 
+def _of_prompt_set(weight: PhaseWeight, tokens: Tokens, batches: int, facts: RunFacts) -> dict[str, Estimate]:
+    """Return the measures of all prefills of a prompt set together; their latency is that of one batch, in the mean."""
+    joules = None if weight.energy_j is None else weight.energy_j.scaled(batches)
+    whole = replace(weight, latency_s=weight.latency_s.scaled(batches), energy_j=joules)
+    return {**of_phase(PREFILL, whole, tokens, facts), "latency": weight.latency_s}
+
+
 def of_phase(name: str, weight: PhaseWeight, tokens: Tokens, facts: RunFacts) -> dict[str, Estimate]:
     """Return the measures of a phase of one batch: in *decode* of all its steps, of one only where the name says so."""
     steps = facts.options.new_tokens - 1 if name == DECODE else 1
@@ -271,19 +288,12 @@ def _inter_token_s(run: RunFolder) -> tuple[float, ...]:
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:
-    tokens = run.tokens
     shared: dict[str, Any] = {
         "run": run.folder.name,
         "draw": run.draw,
         "device": run.facts.device.name,
         "weights": run.facts.model.weights if run.facts.model is not None else "",
         "parameters": run.facts.model.parameters if run.facts.model is not None else 0,
-        "requests": tokens.batch,
-        "effective_input_tokens": tokens.effective_input,
-        "padding_tokens": tokens.padding,
-        "computed_input_tokens": tokens.computed_input,
-        "effective_output_tokens": tokens.effective_output,
-        "computed_output_tokens": tokens.computed_output,
     }
     prefill = run.measures.get(PREFILL, {}).get("latency")
     shared["time_to_first_token_s"] = None if prefill is None else prefill.value
@@ -293,7 +303,18 @@ def _rows(run: Run) -> list[dict[str, Any]]:
     for phase in PHASES:
         if phase not in run.measures:
             continue
-        row = {**run.axes, "phase": phase, **shared}
+        tokens = run.prefilled if phase == PREFILL else run.tokens
+        row = {
+            **run.axes,
+            "phase": phase,
+            **shared,
+            "requests": tokens.batch,
+            "effective_input_tokens": tokens.effective_input,
+            "padding_tokens": tokens.padding,
+            "computed_input_tokens": tokens.computed_input,
+            "effective_output_tokens": tokens.effective_output,
+            "computed_output_tokens": tokens.computed_output,
+        }
         for name, unit in MEASURES.items():
             estimate = run.measures[phase].get(name)
             column = f"{name}_{unit.lower()}" if unit else name

@@ -139,8 +139,10 @@ def done(folder: Path, task: Task) -> bool:
         return False
     if not run.complete:
         return False
-    facts = {**asdict(run.facts.options), "prompts": Path(run.facts.options.prompts or "").name}
-    wanted = {**task.options, "prompts": Path(task.options.get("prompts") or "").name}
+    facts, wanted = asdict(run.facts.options), dict(task.options)
+    for name in ("prompts", "prefill_prompts"):
+        # A study may be moved.
+        facts[name], wanted[name] = (Path(options.get(name) or "").name for options in (facts, wanted))
     return all(facts[key] == value for key, value in wanted.items() if key in facts)
 
 

@@ -70,7 +70,9 @@ class Lengths(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 class Prompts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Where the prompts of a batch come from: drawn *lengths*, a *file* of JSON lines, or a *dataset* of the hub.
 
-    *pool* of them are laid in *order* and cut into batches; a draw takes one of these.
+    *pool* of them are laid in *order* and cut into batches; a draw takes one of these. With a *set* a draw takes so
+    many prompts whatever the batch is: prefill is weighed over all of them, in batches, so that no batch size has
+    shorter prompts than another; and the batch in their middle is generated for.
     """
 
     lengths: Lengths | None = None
@@ -81,6 +83,7 @@ class Prompts(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     column: str | None = None
     pool: Annotated[int, Meta(ge=1, le=10**6)] = 512
     order: Literal["random", "sorted"] = "random"
+    set: Annotated[int, Meta(ge=1, le=10**6)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,11 @@ def pool(prompts: Prompts, where: str, folder: Path) -> list[dict[str, Any]]:
     answers = drawn(prompts.outputs, len(lines), generator)
     lines = [{"output_tokens": answer, **line} for line, answer in zip(lines, answers, strict=True)]
     generator.shuffle(lines)
-    lines = lines[: prompts.pool]
+    return lines[: prompts.pool]
+
+
+def laid(lines: list[dict[str, Any]], prompts: Prompts) -> list[dict[str, Any]]:
+    """Return *lines* in the order of the set *prompts*."""
     return sorted(lines, key=_size) if prompts.order == "sorted" else lines
 
 
@@ -57,22 +62,50 @@ def batch_of(lines: list[dict[str, Any]], batch: int, draw: int, draws: int) -> 
     return lines[place * batch : (place + 1) * batch]
 
 
-def write_prompts(source: Source, one: Configuration, folder: Path) -> tuple[Path, int, int]:
-    """Write the prompts of a run into *folder*; return the file, the longest prompt's and the longest answer's tokens.
+@dataclass(frozen=True)
+class Written:
+    """The prompts of a run: the file of its batch, that of its prompt set (None: the batch is all of it), tokens."""
+
+    file: Path
+    longest: int
+    answers: int
+    prompt_set: Path | None = None
+
+
+def write_prompts(source: Source, one: Configuration, folder: Path) -> Written:
+    """Write the prompts of a run into *folder* and return them; raises UsageError for a set that is no whole batches.
 
     The length of a text is not known before it is met by a tokenizer: it is taken as a token for each 4 characters.
     """
     prompts = source.plan.prompts[one.prompts]
-    draws = source.plan.axes.draw
+    draws, draw = source.plan.axes.draw, source.plan.axes.draw.index(one.draw)
     lines = pool(prompts, source.at("prompts", one.prompts), source.folder)
-    chosen = batch_of(lines, one.batch, draws.index(one.draw), len(draws))
     folder.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in chosen).encode()
+    size = prompts.set
+    if size is None or size < one.batch:
+        chosen = batch_of(laid(lines, prompts), one.batch, draw, len(draws))
+        whole = None
+    else:
+        if size % one.batch:
+            where = source.at("prompts", one.prompts, "set")
+            raise UsageError(
+                f"{where}: a set of {size} prompts is no whole number of batches of {one.batch}: change one."
+            )
+        # The same prompts for every batch size: laid in order only then.
+        taken = laid(batch_of(lines, size, draw, len(draws)), prompts)
+        chosen = batch_of(taken, one.batch, 0, 1)
+        whole = None if size == one.batch else _write(taken, folder, f"{one.prompts}-set{size}-d{one.draw}")
     # Its name says what is in it: a run of other prompts is not the same run.
-    file = folder / f"{one.prompts}-b{one.batch}-d{one.draw}-{zlib.crc32(text):08x}.jsonl"
-    file.write_bytes(text)
+    file = _write(chosen, folder, f"{one.prompts}-b{one.batch}-d{one.draw}")
     longest = max(_size(line) for line in chosen)
-    return file, longest, max(2, *(int(line["output_tokens"]) for line in chosen))
+    return Written(file, longest, max(2, *(int(line["output_tokens"]) for line in chosen)), whole)
+
+
+def _write(lines: list[dict[str, Any]], folder: Path, name: str) -> Path:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    file = folder / f"{name}-{zlib.crc32(text):08x}.jsonl"
+    file.write_bytes(text)
+    return file
 
 
 def _size(line: dict[str, Any]) -> int:

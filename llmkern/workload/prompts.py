@@ -222,3 +222,18 @@ def _encode(prompt: Content, tokenizer: Any, vocab_size: int, seed: int) -> list
         )
     encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
     return list(encoded["input_ids"])
+
+
+def encode_set(
+    prompts: list[Prompt], tokenizer: Any, vocab_size: int, batch: int, seed: int = 0
+) -> tuple[PromptSet, ...]:
+    """Return all prompts in batches of *batch*; raises UsageError where the last one would not be full."""
+    if len(prompts) % batch:
+        raise UsageError(
+            f"{len(prompts)} prompts are no whole number of batches of {batch}: give a multiple of it, so that none "
+            "counts twice."
+        )
+    return tuple(
+        encode_prompts(prompts[first : first + batch], tokenizer, vocab_size, batch, None, seed + first)
+        for first in range(0, len(prompts), batch)
+    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmkern import session
 from llmkern.progress import Stages
+from llmkern.record.generation import Generation
 from llmkern.record.options import TraceOptions
 from llmkern.record.passes import effect, timeline, weigh
 from llmkern.runfolder import RunFolder
@@ -40,3 +42,44 @@ def test_a_slow_model_runs_less_often_unless_more_was_asked_for(
     found = ranges[ranges["repeat"].notna()].groupby("pass", observed=True)["repeat"].nunique()
     assert found["time"] == generations
     assert found["bare"] == found["recorded"] == pairs
+
+
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_no_weighed_generation_is_the_first_of_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int
+) -> None:
+    """What is made for a length at its first time (cuDNN's plans, 60 ms a token) is no part of what a token costs."""
+    met: set[int] = set()
+    weighing, late = [], []
+    generate, real = Generation.__call__, session.weigh
+
+    def noted(self: Generation, new_tokens: int) -> float:
+        if weighing and new_tokens not in met:
+            late.append(new_tokens)
+        met.add(new_tokens)
+        return generate(self, new_tokens)
+
+    def weighed(*args: Any) -> None:
+        weighing.append(True)
+        real(*args)
+
+    monkeypatch.setattr(Generation, "__call__", noted)
+    monkeypatch.setattr(weigh, "SHORTEST_WINDOW_S", -weigh.TICK_S)
+    monkeypatch.setattr(session, "weigh", weighed)
+    options = TraceOptions(
+        "qwen-tiny",
+        device="cpu",
+        prompt_tokens=8,
+        new_tokens=20,
+        warmup=warmup,
+        repeats=1,
+        annotate_only=True,
+        out=tmp_path / "run",
+    )
+    session.trace(options, Stages(quiet=True))
+    assert weighing
+    assert met >= {1, 20}
+    assert not late
+    plan = RunFolder(tmp_path / "run").facts.plan
+    assert plan is not None
+    assert (plan.first_generate_s is None) == (warmup == 1)

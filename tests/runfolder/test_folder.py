@@ -18,7 +18,8 @@ import pytest
 from llmkern.errors import RecordingError, RunFolderError, UsageError
 from llmkern.runfolder import RunFolder, RunWriter, writer
 from llmkern.runfolder import place as place_module
-from llmkern.runfolder.facts import SCHEMA_VERSION, RecorderFacts, json_schema
+from llmkern.runfolder.document import json_schema
+from llmkern.runfolder.facts import SCHEMA_VERSION, RecorderFacts
 from llmkern.runfolder.place import not_ours
 from llmkern.runfolder.schema import TABLES, to_table
 from tests.tables import least_facts, sign

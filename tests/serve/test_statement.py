@@ -16,7 +16,7 @@ from rich.console import Console
 from llmkern.report.serve import print_serve, serve_document
 from llmkern.report.serve_page import serve_page
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.facts import encode
+from llmkern.runfolder.document import encode
 from llmkern.serve.figures import figures, over_time
 from llmkern.serve.statement import ServeStatement, state
 from tests.serve.test_requests import DECODE_W, FLOOR_W, PREFILL_W, Step, made

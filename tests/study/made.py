@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.facts import encode
+from llmkern.runfolder.document import encode
 from tests.synthetic import Truth, synthetic_run
 
 

@@ -12,7 +12,7 @@ import pytest
 from llmkern.errors import UsageError
 from llmkern.study.cost import Size, most_informative, seconds
 from llmkern.study.plan import BUILT_IN, Lengths, read_plan
-from llmkern.study.prompts import batch_of, drawn, pool, write_prompts
+from llmkern.study.prompts import batch_of, drawn, laid, pool, write_prompts
 from llmkern.workload.models import REGISTRY
 from llmkern.workload.prompts import parse_prompts
 
@@ -111,7 +111,10 @@ def test_sorted_batches_are_buckets_of_like_length_and_random_ones_are_not(tmp_p
     assert Counter(line["tokens"] for line in pools["random"]) == Counter(line["tokens"] for line in pools["sorted"])
 
     def padding(name: str) -> float:
-        batches = [[line["tokens"] for line in batch_of(pools[name], 16, draw, 3)] for draw in range(3)]
+        batches = [
+            [line["tokens"] for line in batch_of(laid(pools[name], source.plan.prompts[name]), 16, draw, 3)]
+            for draw in range(3)
+        ]
         return sum(16 * max(batch) for batch in batches) / sum(map(sum, batches))
 
     assert padding("sorted") < 1.15 < padding("random")
@@ -127,11 +130,39 @@ def test_draws_lie_evenly_over_the_pool_and_a_small_pool_is_gone_through_again()
 def test_prompts_of_a_run_are_a_file_that_trace_reads(tmp_path: Path) -> None:
     source = read_plan("batch", {"batch": [4], "draw": [0], "prompts": ["random"]}, {})
     (one,) = source.configurations()
-    file, longest, answers = write_prompts(source, one, tmp_path)
-    prompts = parse_prompts(file)
+    written = write_prompts(source, one, tmp_path)
+    prompts = parse_prompts(written.file)
     assert len(prompts) == 4
-    assert max(prompt.content.tokens for prompt in prompts) == longest  # type: ignore[union-attr]
-    assert max(prompt.output_tokens or 0 for prompt in prompts) == answers
+    assert max(prompt.content.tokens for prompt in prompts) == written.longest  # type: ignore[union-attr]
+    assert max(prompt.output_tokens or 0 for prompt in prompts) == written.answers
+
+
+@pytest.mark.parametrize("order", ["random", "sorted"])
+def test_every_batch_size_is_prefilled_with_the_same_prompts(tmp_path: Path, order: str) -> None:
+    """A batch of one prompt says nothing of batches of one: another prompt is four times as long."""
+    source = read_plan("batch", {"batch": [1, 8, 32, 64], "draw": [0, 1], "prompts": [order]}, {})
+    sets: dict[int, set[tuple[str, ...]]] = {0: set(), 1: set()}
+    for one in source.configurations():
+        written = write_prompts(source, one, tmp_path)
+        lines = written.file.read_text().splitlines()
+        assert len(lines) == one.batch
+        if one.batch == 64:
+            assert written.prompt_set is None
+            sets[one.draw].add(tuple(sorted(lines)))
+        else:
+            assert written.prompt_set is not None
+            every = written.prompt_set.read_text().splitlines()
+            assert set(lines) <= set(every)
+            sets[one.draw].add(tuple(sorted(every)))
+    assert [len(found) for found in sets.values()] == [1, 1]
+    assert sets[0] != sets[1]
+
+
+def test_a_set_that_is_no_whole_batches_is_told_with_its_line(tmp_path: Path) -> None:
+    text = AXES + f'batch = [4]\nprompts = ["x"]\n[prompts.x]\nset = 6\nlengths = {LENGTHS}\noutputs = {LENGTHS}\n'
+    source = read_plan(plan(tmp_path, text), {}, {})
+    with pytest.raises(UsageError, match=r"line \d+: a set of 6 prompts is no whole number of batches of 4"):
+        write_prompts(source, source.configurations()[0], tmp_path / "out")
 
 
 def test_prompts_of_a_file_keep_their_texts_and_answers(tmp_path: Path) -> None:
@@ -139,12 +170,12 @@ def test_prompts_of_a_file_keep_their_texts_and_answers(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     text = AXES + f'batch = [2]\nprompts = ["x"]\n[prompts.x]\nfile = "mine.jsonl"\noutputs = {LENGTHS}\n'
     source = read_plan(plan(tmp_path, text), {}, {})
-    file, longest, answers = write_prompts(source, source.configurations()[0], tmp_path / "out")
-    prompts = {type(prompt.content).__name__: prompt for prompt in parse_prompts(file)}
+    written = write_prompts(source, source.configurations()[0], tmp_path / "out")
+    prompts = {type(prompt.content).__name__: prompt for prompt in parse_prompts(written.file)}
     assert prompts["Length"].output_tokens == 5
     assert 1 <= (prompts["str"].output_tokens or 0) <= 9
-    assert longest == 10
-    assert answers == max(5, prompts["str"].output_tokens or 0)
+    assert written.longest == 10
+    assert written.answers == max(5, prompts["str"].output_tokens or 0)
 
 
 class Hub:
@@ -168,8 +199,8 @@ def of_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, *rows: di
     monkeypatch.setitem(sys.modules, "datasets", hub)  # type: ignore[arg-type]
     text = AXES + f'prompts = ["x"]\n[prompts.x]\ndataset = "{name}"\noutputs = {LENGTHS}\n'
     source = read_plan(plan(tmp_path, text), {}, {})
-    file, _, _ = write_prompts(source, source.configurations()[0], tmp_path / "out")
-    return [prompt.content for prompt in parse_prompts(file)]
+    written = write_prompts(source, source.configurations()[0], tmp_path / "out")
+    return [prompt.content for prompt in parse_prompts(written.file)]
 
 
 def test_prompts_of_a_data_set_are_what_users_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +255,7 @@ def test_other_prompts_are_another_run(tmp_path: Path) -> None:
     for seed in (0, 1):
         text = AXES + f'prompts = ["x"]\n[prompts.x]\nseed = {seed}\nlengths = {LENGTHS}\noutputs = {LENGTHS}\n'
         source = read_plan(plan(tmp_path, text), {}, {})
-        files.append(write_prompts(source, source.configurations()[0], tmp_path)[0].name)
+        files.append(write_prompts(source, source.configurations()[0], tmp_path).file.name)
     assert files[0] != files[1]
 
 

@@ -14,7 +14,7 @@ from llmkern.attribute.energy.sensors import Sensor, calibrate, choose
 from llmkern.attribute.time.timeline import Timeline
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.vocabulary import DECODE, PREFILL
+from llmkern.runfolder.vocabulary import DECODE, PREFILL, PROMPT_SET, WINDOW
 from llmkern.text import with_interval
 
 # By difference a temperature is not taken further than this beyond those of both windows.
@@ -78,6 +78,8 @@ class Weighed:
     sensors: dict[str, Sensor] = field(default_factory=dict)
     # Phases whose latency cannot be told from nothing, with the sentence that says why.
     unknown: dict[str, str] = field(default_factory=dict)
+    # A prefill of the prompt set, by the mean of its batches; None where there is none.
+    prompt_set: PhaseWeight | None = None
 
     def temperature_of(self, phase: str) -> float | None:
         """Return the mean °C in the windows of *phase*, of all where that is not known."""
@@ -103,14 +105,17 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
         power = power[power["device"] == device]
     curve = counter_of(run, sensor, device)
     temperature = power.dropna(subset=["temperature_c"]).sort_values("timestamp_ns")
-    windows = ranges[ranges["category"] == "window"].sort_values("start_ns")
+    windows = ranges[ranges["category"] == WINDOW].sort_values("start_ns")
+    sets = ranges[ranges["category"] == PROMPT_SET].sort_values("start_ns")
     generations = ranges[ranges["category"] == "generate"].sort_values("start_ns")
     if windows.empty or generations.empty:
         return None
-    mean_c = mean_temperature(temperature, windows)
+    mean_c = mean_temperature(temperature, pd.concat([windows, sets]))
     floor = measure_floor(curve, idle, temperature) if curve is not None else None
     measured = _measure_windows(windows, generations, curve, floor, temperature)
-    books = _books(measured, curve, floor, mean_c, power)
+    of_sets = _measure_windows(sets, generations, curve, floor, temperature)
+    every = pd.concat([measured, of_sets]) if len(of_sets) else measured
+    books = _books(every, curve, floor, mean_c, power)
     longest = ranges["new_tokens"].max()
     marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
     by_ranges = None
@@ -127,7 +132,18 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     own = {name: windows[windows["new_tokens"] == tokens] for name, tokens in ((PREFILL, 1), (DECODE, longest))}
     warm = {name: weight.temperature_c() for name, weight in phases.items()}
     clocks = {name: mean_reading(temperature, spans, "sm_clock_mhz") for name, spans in own.items()}
-    return Weighed(phases, floor, mean_c, warm, clocks, **books, sample_lag_ms=lag_ms, sensors=sensors, unknown=unknown)
+    return Weighed(
+        phases,
+        floor,
+        mean_c,
+        warm,
+        clocks,
+        **books,
+        sample_lag_ms=lag_ms,
+        sensors=sensors,
+        unknown=unknown,
+        prompt_set=_of_prompt_set(of_sets),
+    )
 
 
 def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight], dict[str, str]]:
@@ -268,6 +284,16 @@ def _phases(measured: pd.DataFrame, marks: pd.DataFrame, by_ranges: ByRanges | N
         "prefill": replace(prefill, celsius_samples=short["celsius"].to_list()),
         "decode": replace(decode, celsius_samples=_by_difference_c(short, long).to_list()),
     }
+
+
+def _of_prompt_set(measured: pd.DataFrame) -> PhaseWeight | None:
+    """Return what prefills of the prompt set take in the mean of its batches, round by round."""
+    if measured.empty:
+        return None
+    latency_s, energy_j = measured["latency_s"], measured["energy_j"]
+    seconds, known = from_samples(latency_s.to_list()), energy_j.dropna().to_list()
+    joules = from_samples(known) if known else None
+    return PhaseWeight(PROMPT_SET, "batch", seconds, latency_s.to_list(), joules, energy_j.to_list(), seconds, joules)
 
 
 def _by_difference_c(short: pd.DataFrame, long: pd.DataFrame) -> pd.Series:

@@ -6,10 +6,12 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from llmkern.record.pump import Pump
 from llmkern.record.rig import RARE_TICK_S, Rig
 from llmkern.runfolder.facts import OwnCostFacts, PlanFacts
+from llmkern.runfolder.vocabulary import PROMPT_SET
 
 # Shorter and the counter's 100 ms tick is more than 5 % of the window.
 SHORTEST_WINDOW_S = 2.0
@@ -22,7 +24,7 @@ SHORT_IDLE_S = 0.8
 ROUNDS = 6
 # By default: more in a window are better, until one is long enough by far.
 REPEATS, LONG_S = 10, 3.0
-# A warm-up loads kernels, tunes and fills caches; none of that needs the full length.
+# A warm-up loads kernels, tunes and fills caches; but for its last generation none of that needs the full length.
 WARMUP_TOKENS = 8
 # Of a slow model half of them say as much of how long a token takes.
 SLOW_WARMUP_TOKENS, SLOW_WARMUP_S = 4, 1.0
@@ -54,24 +56,36 @@ def plan_windows(
 
 
 def warm_up(rig: Rig) -> PlanFacts:
-    """Run the warm-up and return the plan of the windows."""
-    short = min(rig.options.new_tokens, WARMUP_TOKENS)
+    """Run the warm-up and return the plan of the windows.
+
+    Its last generation is as long as the weighed ones: what is made for every length of the cache that was not met
+    before (in 16 bits cuDNN plans its attention anew, 60 ms a token on an H100) is made by then.
+    """
+    whole = rig.options.new_tokens
+    short = min(whole, WARMUP_TOKENS)
     with rig.stages.stage("Warming up", rig.options.warmup) as advance:
-        for number in range(rig.options.warmup):
+        some_s = None
+        for number in range(rig.options.warmup - 1):
             some_s = rig.generation(short)
             if number == 1 and some_s > SLOW_WARMUP_S:
                 short = min(short, SLOW_WARMUP_TOKENS)
             advance()
+        first_s = rig.generation(whole)
+        advance()
+        for other in rig.prompt_set:
+            other(1)
         prefill_s = min(rig.generation(1) for _ in range(2))
+    if some_s is None:
+        some_s, short = first_s, whole
     per_token_s = max(0.0, some_s - prefill_s) / max(1, short - 1)
     rig.annotator.drain()
-    generate_s = prefill_s + per_token_s * (rig.options.new_tokens - 1)
+    generate_s = prefill_s + per_token_s * (whole - 1)
     repeats = rig.options.repeats or (REPEATS if generate_s <= LONG_S else ROUNDS)
-    unweighed_s = rig.options.unweighed_window_s
-    if rig.meters or unweighed_s is None:
-        return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s)
     # Without a counter there is no tick to outlast.
-    return plan_windows(repeats, rig.options.new_tokens, prefill_s, generate_s, unweighed_s)
+    shortest_s = None if rig.meters else rig.options.unweighed_window_s
+    plan = plan_windows(repeats, whole, prefill_s, generate_s, shortest_s)
+    # Where it was also the first of all, it says nothing of its length.
+    return plan if rig.options.warmup < 2 else replace(plan, first_generate_s=round(first_s, 6))
 
 
 def idle(rig: Rig, seconds: float = IDLE_WINDOW_S) -> None:
@@ -133,6 +147,12 @@ def weigh(rig: Rig, plan: PlanFacts) -> None:
                             if done <= planned:
                                 advance()
                     idle(rig, SHORT_IDLE_S)
+                if rig.prompt_set:
+                    rig.wait_for_ticks(1)
+                    with cost.window():
+                        for _ in _prompt_set_window(rig, plan.shortest_s or 0.0):
+                            pump.check()
+                    idle(rig, SHORT_IDLE_S)
             rig.annotator.round = None
     rig.writer.note(plan=plan, own_cost=cost.facts())
 
@@ -146,4 +166,17 @@ def _window(rig: Rig, new_tokens: int, planned: int, shortest_s: float) -> Itera
             rig.generation(new_tokens)
             done += 1
             yield done
+        rig.annotator.repeat = None
+
+
+def _prompt_set_window(rig: Rig, shortest_s: float) -> Iterator[None]:
+    """Prefill every batch of the prompt set, as often as it takes to be *shortest_s* seconds long."""
+    with rig.annotator.range("prefills of the prompt set", PROMPT_SET):
+        begin_s, done = time.perf_counter(), 0
+        while done == 0 or time.perf_counter() - begin_s < shortest_s:
+            rig.annotator.repeat = done
+            for other in rig.prompt_set:
+                other(1)
+                yield
+            done += 1
         rig.annotator.repeat = None
