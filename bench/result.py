@@ -109,3 +109,11 @@ def _driver() -> str | None:
 
     pynvml.nvmlInit()
     return str(pynvml.nvmlSystemGetDriverVersion())
+
+
+def interval(entry: dict[str, Any], factor: float, places: int) -> str:
+    """Return an entry of a result as ``value [low, high]``, times *factor*."""
+    value = f"{entry['value'] * factor:.{places}f}"
+    if entry.get("low") is None:
+        return value
+    return f"{value} [{entry['low'] * factor:.{places}f}, {entry['high'] * factor:.{places}f}]"

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import argument, client, decode, fused, fuzz
-from bench.result import RESULTS
+from bench import argument, client, decode, fused, fuzz, study
+from bench.result import RESULTS, interval
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
 from llmkern.explain.statement import state
@@ -28,6 +28,7 @@ PAGES = (
     _ROOT / "docs" / "measured.md",
     _ROOT / "docs" / "method.md",
     _ROOT / "docs" / "serving.md",
+    _ROOT / "docs" / "study.md",
 )
 Cases = dict[str, dict[str, Any]]
 
@@ -41,17 +42,17 @@ def load(bench: str) -> dict[str, Any] | None:
 
 def measured_on(document: dict[str, Any]) -> str:
     where = document["environment"]
+    if "code" in document and "recorded" in document:
+        # The runs were made elsewhere, and only read here.
+        recorded = document["recorded"]
+        versions = recorded["versions"]
+        libraries = ", ".join(f"{k} {versions[k]}" for k in ("torch", "transformers", "bitsandbytes") if k in versions)
+        made = f"{recorded['started'][:10]}, code of commit {document['code']}"
+        return f"*{where['gpu']}; {libraries}; {made}: `{document['command']}`*"
     libraries = ", ".join(f"{k} {where[k]}" for k in ("torch", "transformers", "bitsandbytes") if where.get(k))
     driver = f", driver {where['driver']}" if where.get("driver") else f" ({where['host_cpu']})"
     when = f"{document['date']}, code of commit {document['commit']}"
     return f"*{where['gpu']}{driver}; {libraries}; {when}: `{document['command']}`*"
-
-
-def interval(entry: dict[str, Any], factor: float, places: int) -> str:
-    value = f"{entry['value'] * factor:.{places}f}"
-    if entry.get("low") is None:
-        return value
-    return f"{value} [{entry['low'] * factor:.{places}f}, {entry['high'] * factor:.{places}f}]"
 
 
 def matrix(document: dict[str, Any]) -> list[str]:
@@ -342,6 +343,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "fused": fused.table,
     "argument": argument.table,
     "fuzz": fuzz.table,
+    "study-precision": study.table,
 }
 
 

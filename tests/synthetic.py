@@ -40,6 +40,8 @@ class Truth:
     temperature_c: float = 50.0
     energy: bool = True
     jitter: float = 0.0
+    # Lengths of prefills of other prompts, weighed after each round.
+    set_prefills_s: tuple[float, ...] = ()
 
     @property
     def prefill_j(self) -> float:
@@ -123,10 +125,24 @@ class Builder:
                 self.range(begin, "window", "window", "weigh", round=round_, new_tokens=new_tokens)
                 self.align()
                 self.align()
+            if t.set_prefills_s:
+                self._prefill_set(round_)
         self._idle()
         for repeat in range(2):
             self.generate(t.new_tokens, "time", None, repeat)
         self.rest(0.5)
+
+    def _prefill_set(self, round_: int) -> None:
+        self.align()
+        window = self.now_ns
+        for repeat in range(int(np.ceil(2.0 / sum(self.truth.set_prefills_s)))):
+            for length_s in self.truth.set_prefills_s:
+                begin = self.now_ns
+                self.run(length_s * self.truth.prefill_busy, length_s, 5, False)
+                self.range(begin, "generate(1)", "generate", "weigh", round=round_, repeat=repeat, new_tokens=1)
+        self.range(window, "prefills of the prompt set", "prompt set", "weigh", round=round_)
+        self.align()
+        self.align()
 
     def _idle(self) -> None:
         begin = self.now_ns

@@ -41,10 +41,13 @@ def command(
     """Say what a day of requests takes by each of two runs, and what the second saves: kWh, households, kg of CO2."""
     with common.importing():
         from llmkern.report.macro import macro_document, print_macro
+        from llmkern.runfolder import RunFolder
         from llmkern.study.collect import read_run
         from llmkern.study.macro import macro
 
-    found = macro(read_run(before), read_run(after), requests_per_day, household_kwh, co2_g_per_kwh)
+    found = macro(
+        read_run(RunFolder(before)), read_run(RunFolder(after)), requests_per_day, household_kwh, co2_g_per_kwh
+    )
     if as_json:
         from llmkern.report.document import echo
 

@@ -79,9 +79,9 @@ def _check(task: Task, record: str, folder: Path) -> Checked:
         return Checked(task.name, problem=str(error))
     weights = int(weight_bytes(linear, other, options.precision, options.double_quant))
     tokens = int(job.prompts.input_ids.shape[1])
-    size = Size(
-        job.device.facts().kind, linear + other, weights, shape_of(config).layers, tokens, job.options.new_tokens
-    )
+    kind, layers = job.device.facts().kind, shape_of(config).layers
+    more = sum(batch.computed_tokens for batch in job.prompt_set)
+    size = Size(kind, linear + other, weights, layers, tokens, job.options.new_tokens, more)
     return Checked(task.name, round(seconds(task.configuration, size, record, options.repeats), 1), job.needed)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,6 +18,7 @@ UNCLEAR = "cannot be told"
 _ALIKE, _FLAT = 1.25, 1.10
 # By so much an interval may reach beyond what is claimed.
 _SLACK = 1.2
+_LEAST_DRAW = 0.01
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,51 @@ def called(one: Pooled) -> str:
 
 
 def _judged(said: str, found: dict[str, Estimate], low: float, high: float) -> Claim:
-    """Return the claim that all of *found* lie in [*low*, *high*], with a verdict by how many do."""
+    """Return the claim that *found* lie in [*low*, *high*]: by their mean, and whether each does as far as it is known.
+
+    A claim of models in general is one of their mean, which is known better than any of them.
+    """
     if not found:
         return Claim(said, UNKNOWN)
-    numbers = tuple(f"{name}: {_times(estimate)}" for name, estimate in found.items())
-    return Claim(said, _verdict([_lies_in(estimate, low, high) for estimate in found.values()]), numbers)
+    numbers = [f"{name}: {_times(estimate)}" for name, estimate in found.items()]
+    mean = together(found)
+    if len(found) > 1:
+        numbers.append(f"all {len(found)} together (geometric mean): {_times(mean)}")
+    held = [_lies_in(estimate, low, high) for estimate in found.values()]
+    return Claim(said, _verdict(held, _lies_in(mean, low, high)), tuple(numbers))
 
 
-def _verdict(held: list[bool | None]) -> str:
-    """Return the verdict over cases that hold, do not, or cannot be told (None)."""
-    known = [each for each in held if each is not None]
-    if len(known) < max(1, len(held) / 2):
+def together(found: dict[str, Estimate]) -> Estimate:
+    """Return the geometric mean of ratios; those of one model share a run and its error, others share none."""
+
+    def log(draws: np.ndarray) -> np.ndarray:
+        # Of few noisy windows a draw may be nothing or less.
+        return np.log(np.maximum(draws, _LEAST_DRAW))
+
+    groups = list(dict.fromkeys(_model_of(name) for name in found))
+    logs = [estimate.of_another_run(groups.index(_model_of(name)) + 1).map(log) for name, estimate in found.items()]
+    total = logs[0]
+    for each in logs[1:]:
+        total = total + each
+    return total.scaled(1 / len(logs)).map(np.exp)
+
+
+def _model_of(name: str) -> str:
+    # "bf16 / fp32, qwen-7b, 512 tokens", or without the precisions.
+    first, _, rest = name.partition(", ")
+    return rest if " / " in first else name
+
+
+def _verdict(held: list[bool | None], mean: bool | None) -> str:
+    """Return the verdict over cases that hold, do not, or cannot be told (None), and over the *mean* of them."""
+    some, others = any(each is True for each in held), any(each is False for each in held)
+    if some and others:
+        return PARTLY
+    if mean is None:
         return UNCLEAR
-    if all(known):
-        return SEEN if len(known) == len(held) else PARTLY
-    return PARTLY if any(known) else NOT_SEEN
+    if mean:
+        return PARTLY if others else SEEN
+    return PARTLY if some else NOT_SEEN
 
 
 def _lies_in(estimate: Estimate, low: float, high: float) -> bool | None:
@@ -142,7 +173,11 @@ def _flat_over_floats(configurations: list[Pooled]) -> Claim:
 def _int8_costs_more(configurations: list[Pooled]) -> Claim:
     said = "int8 (LLM.int8()) takes 2 to 3 times the energy of fp32 in decode."
     found = ratios(configurations, DECODE, "energy_per_output_token", "int8", "fp32")
-    return _judged(said, found, 2.0, 3.0)
+    claim = _judged(said, found, 2.0, 3.0)
+    if claim.verdict in (NOT_SEEN, UNCLEAR) and _above(together(found), 1.0):
+        # It does cost more, by another factor.
+        return replace(claim, verdict=PARTLY)
+    return claim
 
 
 def _int4_costs_the_same(configurations: list[Pooled]) -> Claim:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,12 +136,12 @@ def find_runs(folders: list[Path]) -> list[Path]:
     return found
 
 
-def collect(folders: list[Path]) -> Collection:
+def collect(folders: list[Path], opened: Callable[[Path], RunFolder] = RunFolder) -> Collection:
     """Return what the complete, weighed runs in *folders* say; raises UsageError where there is none."""
     runs, left_out = [], {}
     for path in find_runs(folders):
         try:
-            runs.append(read_run(path))
+            runs.append(read_run(opened(path)))
         except LlmkernError as error:
             left_out[path.name] = str(error)
     runs.sort(key=_place)
@@ -156,10 +157,9 @@ def _place(run: Run) -> tuple[Any, ...]:
     return (size, axes["model"], axes["prompts"], axes["engine"], precision, *numbers, run.draw)
 
 
-def read_run(path: Path) -> Run:
+def read_run(run: RunFolder) -> Run:
     """Return one run; raises LlmkernError for one that is not complete or was not weighed."""
-    run = RunFolder(path)
-    facts = run.facts
+    path, facts = run.path, run.facts
     if not run.complete:
         raise UsageError(f"it is {run.status}, not complete.")
     if facts.imported is not None or facts.prompts is None:

@@ -43,7 +43,7 @@ _REST_S, _ROUNDS, _LONG_S, _REPEATS = 1.0, 6, 3.0, 10
 
 @dataclass(frozen=True)
 class Size:
-    """How large a run is: *weight_bytes* as quantized, *layers*, prompt tokens of a row and new tokens."""
+    """How large a run is: *weight_bytes* as quantized, *layers*, prompt tokens of a row and of its set, new tokens."""
 
     kind: str
     parameters: int
@@ -51,6 +51,7 @@ class Size:
     layers: int
     prompt_tokens: int
     new_tokens: int
+    set_tokens: int = 0
 
 
 def seconds(one: Configuration, size: Size, record: str, repeats: int | None) -> float:
@@ -65,6 +66,10 @@ def seconds(one: Configuration, size: Size, record: str, repeats: int | None) ->
     times = repeats or (_REPEATS if generate_s <= _LONG_S else _ROUNDS)
     rounds = min(_ROUNDS, times)
     windows_s = sum(max(rounds * rates.window_s, times * each) + rounds * _REST_S for each in (prefill_s, generate_s))
+    if size.set_tokens:
+        # Each batch of the set is met once before it is weighed.
+        set_s = 2 * size.parameters * size.set_tokens / flops
+        windows_s += rounds * (max(rates.window_s, set_s) + _REST_S) + set_s
     total_s = rates.start_s + size.weight_bytes / rates.load_bytes_per_s + generate_s + windows_s
     if record != "windows":
         total_s += rates.generations * generate_s + rates.traced_s

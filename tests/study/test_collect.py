@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from llmkern.errors import UsageError
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
-from llmkern.study.claims import NOT_SEEN, PARTLY, SEEN, UNCLEAR, UNKNOWN, _lies_in, _verdict, claims, optimum
+from llmkern.study.claims import NOT_SEEN, PARTLY, SEEN, UNCLEAR, UNKNOWN, _lies_in, _verdict, claims, optimum, together
 from llmkern.study.collect import GENERATE, collect, pooled
 from llmkern.study.macro import macro
 from llmkern.study.statement import state
@@ -148,19 +149,71 @@ def test_claims_over_precisions_are_not_seen_where_they_do_not_hold(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("held", "verdict"),
+    ("held", "mean", "verdict"),
     [
-        ([True, True], SEEN),
-        ([True, False], PARTLY),
-        ([True, True, None], PARTLY),
-        ([False, False], NOT_SEEN),
-        ([None, None], UNCLEAR),
-        ([True, None, None], UNCLEAR),
-        ([False, None, None], UNCLEAR),
+        ([True, True], True, SEEN),
+        ([True, None, None], True, SEEN),  # each alone is open, all together are not
+        ([None, None], True, SEEN),
+        ([True, False], True, PARTLY),
+        ([True, False], None, PARTLY),
+        ([False, None], True, PARTLY),
+        ([True, None], False, PARTLY),
+        ([False, None], False, NOT_SEEN),
+        ([None, None], None, UNCLEAR),
+        ([True, None, None], None, UNCLEAR),
+        ([False, None, None], None, UNCLEAR),
     ],
 )
-def test_what_the_intervals_leave_open_is_no_verdict(held: list[bool | None], verdict: str) -> None:
-    assert _verdict(held) == verdict
+def test_what_the_intervals_leave_open_is_no_verdict(held: list[bool | None], mean: bool | None, verdict: str) -> None:
+    assert _verdict(held, mean) == verdict
+
+
+def test_many_models_together_are_known_better_than_each_but_not_what_they_share() -> None:
+    random = np.random.default_rng(0)
+    found = {f"model-{i}": from_samples(list(2.5 + 0.5 * random.standard_normal(6))) for i in range(9)}
+    widths = [each.high - each.low for each in found.values() if each.low is not None and each.high is not None]
+    mean = together(found)
+    assert mean.low is not None
+    assert mean.high is not None
+    assert mean.low < 2.5 < mean.high
+    assert mean.high - mean.low < 0.6 * np.mean(widths)
+    # Ratios to one and the same run are wrong together.
+    same = from_samples([2.0, 2.4, 2.5, 2.6, 2.9, 3.1])
+    shared = together({"bf16 / fp32, one": same, "fp16 / fp32, one": same})
+    assert (shared.low, shared.high) == pytest.approx((same.low, same.high))
+
+
+def test_int8_that_costs_more_by_another_factor_is_seen_in_part(tmp_path: Path) -> None:
+    for precision, token_s in (("fp32", 0.01), ("int8", 0.06)):
+        made_run(tmp_path / precision, Asked(precision=precision), token_s=token_s, busy_per_token_s=0.005)
+    assert verdicts(tmp_path)["int8 (LLM.in"] == PARTLY
+
+
+def test_prefill_is_that_of_the_whole_prompt_set(tmp_path: Path) -> None:
+    """A run whose batch is one short prompt is told by all prompts that every batch size is prefilled with."""
+    lengths_s = (0.05, 0.2, 0.125, 0.1)
+    asked = Asked(lengths=(100,), prompts="random-b1-d0.jsonl")
+    made_run(tmp_path / "one", asked, set_prefills_s=lengths_s)
+    facts = json.loads((tmp_path / "one" / "run.json").read_text())
+    facts["prompt_set"] = {"batches": 4, "effective_tokens": 900, "computed_tokens": 1000}
+    (tmp_path / "one" / "run.json").write_text(json.dumps(facts))
+    truth, collection = Truth(), collect([tmp_path])
+    run = collection.runs[0]
+    joules = sum(truth.floor_w * s + (truth.kernel_w - truth.floor_w) * s * truth.prefill_busy for s in lengths_s)
+    prefill = run.measures["prefill"]
+    assert prefill["energy_per_effective_input_token"].value == pytest.approx(joules / 900, rel=0.02)
+    assert prefill["energy_per_computed_input_token"].value == pytest.approx(joules / 1000, rel=0.02)
+    assert prefill["energy"].value == pytest.approx(joules, rel=0.02)
+    assert prefill["latency"].value == pytest.approx(np.mean(lengths_s), rel=0.02)
+    # A generation is that of its batch, and so is decode, by difference.
+    assert run.measures[GENERATE]["energy"].value == pytest.approx(truth.prefill_j + 15 * truth.token_j, rel=0.03)
+    assert run.measures["decode"]["latency_per_token"].value == pytest.approx(truth.token_s, rel=0.03)
+    books = collection.books().iloc[0]
+    assert (books["effective_tokens"], books["padding_tokens"], books["computed_tokens"]) == (900, 100, 1000)
+    assert books["counter_j"] == pytest.approx(books["windows_j"] + books["idle_j"], rel=0.005)
+    row = collection.frame().set_index("phase")
+    assert row.loc["prefill", "requests"] == 4
+    assert row.loc["decode", "requests"] == 1
 
 
 def test_a_wide_interval_shows_nothing() -> None:

@@ -59,7 +59,7 @@ def warm_up(rig: Rig) -> PlanFacts:
     """Run the warm-up and return the plan of the windows.
 
     Its last generation is as long as the weighed ones: what is made for every length of the cache that was not met
-    before (in 16 bits cuDNN plans its attention anew, 60 ms a token on an H100) is made by then.
+    before (in 16 bits cuDNN plans its attention anew, some 50 ms a token on an H100) is made by then.
     """
     whole = rig.options.new_tokens
     short = min(whole, WARMUP_TOKENS)
