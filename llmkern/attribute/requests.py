@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,9 @@ class Served:
 
     ``requests`` has the rows of table requests with ``ttft_s`` and ``latency_s`` from the *intended* moment, and
     ``floor_j``, ``dynamic_j``, ``energy_j``; ``iterations`` has batch, prefill_tokens, decode_tokens and these three.
-    ``counter_j`` = sum of the requests + ``idle_j``; ``unclaimed_j`` of the latter is of iterations without a request.
+    ``counter_j`` = sum of the requests + ``unclaimed_j`` (iterations without a request) + ``idle_j`` (idle floor x the
+    time in which none ran) + ``residual_j`` (what is left). ``drain_s`` and ``drain_j`` are of the time in which no
+    request came any more.
     """
 
     requests: pd.DataFrame
@@ -40,7 +43,12 @@ class Served:
     counter_j: float | None = None
     idle_j: float | None = None
     unclaimed_j: float = 0.0
+    residual_j: float = 0.0
+    drain_s: float = 0.0
+    drain_j: float | None = None
     floor: Floor | None = None
+    # At the temperature of the window.
+    floor_w: Estimate | None = None
     # By time in flight, for the server's iterations were not seen.
     estimated: bool = False
     # ``second`` of the window and mean ``watts`` from there on; None without a counter.
@@ -49,6 +57,11 @@ class Served:
     @property
     def seconds(self) -> float:
         return (self.end_ns - self.start_ns) / 1e9
+
+    @property
+    def requests_j(self) -> float:
+        """Return the J of all requests together, answered or not."""
+        return float(self.requests["energy_j"].sum())
 
     def per_request_j(self, *, with_idle: bool = True) -> Estimate | None:
         """Return the J of a finished request, with its share of the idle time or without.
@@ -59,20 +72,18 @@ class Served:
         done = self.requests[self.requests["status"] == "finished"].sort_values("intended_ns")
         if self.counter_j is None or self.idle_j is None or done.empty:
             return None
-        total = self.counter_j if with_idle else self.counter_j - self.idle_j
+        total = self.counter_j if with_idle else self.requests_j
         value = float(total / len(done))
         blocks = np.array_split(np.arange(len(done)), min(_BLOCKS, len(done) // 2 or 1))
         if len(blocks) < 3:
             return Estimate(value, samples=1)
         joules = done["energy_j"].to_numpy()
         spread = from_samples([float(joules[block].mean()) for block in blocks])
-        own = float((self.counter_j - self.idle_j) / len(done))
+        own = self.requests_j / len(done)
         if spread.draws is None or not own or not spread.value:
             return Estimate(value, samples=len(blocks))
         # The blocks say how far the mean may be off, in shares of it; idle joules are of the whole run.
-        return Estimate.of(
-            value, (total - self.counter_j + self.idle_j) / len(done) + own * spread.draws / spread.value
-        )
+        return Estimate.of(value, (total - self.requests_j) / len(done) + own * spread.draws / spread.value)
 
 
 def served(run: RunFolder, sensor: str | None = None, device: int | None = None) -> Served:
@@ -96,9 +107,12 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
     iterations = iterations[(iterations["start_ns"] >= start_ns) & (iterations["end_ns"] <= end_ns)]
     iterations = iterations.sort_values("start_ns").reset_index(drop=True)
     processed = processed[processed["iteration"].isin(iterations["iteration"])]
-    iterations = _with_tokens(iterations, processed)
+    iterations = with_tokens(iterations, processed)
     requests = _timed(requests)
-    busy_s = float((iterations["end_ns"] - iterations["start_ns"]).sum()) / 1e9
+    busy_s = covered_s(iterations)
+    last_ns = requests["sent_ns"].max()
+    drain_from_ns = start_ns if pd.isna(last_ns) else int(min(max(last_ns, start_ns), end_ns))
+    drain_s = (end_ns - drain_from_ns) / 1e9
     curve = counter_of(run, sensor, device)
     power = run.table("power")
     if device is not None:
@@ -109,17 +123,34 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
     if curve is None or floor is None or framed is None:
         nothing = dict.fromkeys(("floor_j", "dynamic_j", "energy_j"), np.nan)
         unknown = requests.assign(**nothing), iterations.assign(**nothing)
-        return Served(*unknown, start_ns, end_ns, busy_s, estimated=estimated)
-    floor_w = floor.at(mean_temperature(temperature, windows)).value
+        return Served(*unknown, start_ns, end_ns, busy_s, estimated=estimated, drain_s=drain_s)
+    level = floor.at(mean_temperature(temperature, windows))
+    floor_w = level.value
     counter_j = framed[2] - floor_w * ((framed[1] - framed[0]) - (end_ns - start_ns)) / 1e9
     iterations = weighed_iterations(iterations, curve, floor_w)
     requests, unclaimed_j = shared(requests, iterations, processed)
-    idle_j = counter_j - float(requests["energy_j"].sum())
-    joules = {"counter_j": counter_j, "idle_j": idle_j, "unclaimed_j": unclaimed_j}
+    idle_j = floor_w * ((end_ns - start_ns) / 1e9 - busy_s)
+    residual_j = counter_j - float(requests["energy_j"].sum()) - unclaimed_j - idle_j
+    drain_j = float(curve.at(end_ns) - curve.at(drain_from_ns))
+    joules: dict[str, Any] = {
+        "counter_j": counter_j,
+        "idle_j": idle_j,
+        "unclaimed_j": unclaimed_j,
+        "residual_j": residual_j,
+    }
+    joules |= {"drain_s": drain_s, "drain_j": drain_j}
     power = mean_power(curve, start_ns, end_ns)
-    return Served(
-        requests, iterations, start_ns, end_ns, busy_s, floor=floor, estimated=estimated, power=power, **joules
-    )
+    known: dict[str, Any] = {"floor": floor, "floor_w": level, "estimated": estimated, "power": power}
+    return Served(requests, iterations, start_ns, end_ns, busy_s, **known, **joules)
+
+
+def covered_s(iterations: pd.DataFrame) -> float:
+    """Return the s in which any of *iterations* (in the order of their starts) ran."""
+    starts, ends = iterations["start_ns"].to_numpy(np.int64), iterations["end_ns"].to_numpy(np.int64)
+    if not len(starts):
+        return 0.0
+    before = np.append(starts[0], np.maximum.accumulate(ends)[:-1])
+    return float(np.maximum(ends - np.maximum(starts, before), 0).sum()) / 1e9
 
 
 def mean_power(curve: EnergyCurve, start_ns: int, end_ns: int) -> pd.DataFrame:
@@ -151,7 +182,8 @@ def in_flight(requests: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(spans, columns=["iteration", "start_ns", "end_ns"]), pd.DataFrame(rows, columns=columns)
 
 
-def _with_tokens(iterations: pd.DataFrame, processed: pd.DataFrame) -> pd.DataFrame:
+def with_tokens(iterations: pd.DataFrame, processed: pd.DataFrame) -> pd.DataFrame:
+    """Return *iterations* with batch, prefill_tokens and decode_tokens of what was *processed* in each."""
     each = processed.groupby("iteration").agg(
         batch=("request", "size"), prefill_tokens=("prefill_tokens", "sum"), decode_tokens=("decode_tokens", "sum")
     )

@@ -123,6 +123,13 @@ def work(options: dict[str, Any], log: str) -> None:
     show_default=True,
     help="Without an answer for so long, what is open is left unanswered.",
 )
+@click.option(
+    "--record-requests",
+    type=click.IntRange(0, 10**5),
+    default=4,
+    show_default=True,
+    help="So many come once more with every kernel recorded; 0 records none.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of weights and requests.")
 @common.out("Folder of the runs.  [default: serving/MODEL-PRECISION]")
 @click.option("--force", is_flag=True, help="Serve patterns again that are there.")
@@ -174,7 +181,9 @@ def command(
         raise UsageError(f"--arrivals {twice} is there twice: leave one out.")
     folder = out or Path("serving") / name_of(f"{model}-{asked['precision'] if url is None else 'by-url'}")
     trace = {name: asked[name] for name in ("precision", "device", "weights", "seed")}
-    options = {name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s")}
+    options = {
+        name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s", "record_requests")
+    }
     options |= {name: asked[name] for name in ("url", "gpus", "start")}
     options |= {"prompts": asked["prompt_tokens"], "answers": asked["new_tokens"], "max_requests_per_batch": max_batch}
     everything = {**options, "trace": {"model": model, **trace}}

@@ -12,8 +12,9 @@ from llmkern.report.document import SCHEMA
 from llmkern.report.heading import called
 from llmkern.report.records import estimate_facts
 from llmkern.report.study import print_open
-from llmkern.serve.statement import Arrivals, ServeStatement
-from llmkern.text import percent, quantity, signed, with_interval
+from llmkern.runfolder.vocabulary import PREFILL
+from llmkern.serve.statement import SEQUENTIAL, Arrivals, ServeStatement
+from llmkern.text import percent, quantity, short_name, signed, with_interval
 
 
 def print_serve(statement: ServeStatement, console: Console) -> None:
@@ -32,6 +33,23 @@ def print_serve(statement: ServeStatement, console: Console) -> None:
         for one in statement.arrivals:
             table.add_row(*row_of(one, wide=wide))
         console.print(table)
+        if any(one.kinds for one in statement.arrivals):
+            console.print()
+            console.print(Text("Iterations", style="bold"))
+            table = Table(box=None, pad_edge=False)
+            for number, title in enumerate(iteration_columns(wide=wide)):
+                left = number < 2 or title == "longest kernel"
+                table.add_column(title, justify="left" if left else "right", overflow="fold")
+            for one in statement.arrivals:
+                for row in iteration_rows(one, wide=wide):
+                    table.add_row(*row)
+            console.print(table)
+        told = [sentence for one in statement.arrivals for sentence in told_of(one)]
+        if told:
+            console.print()
+            console.print(Text("Books", style="bold"))
+            for sentence in told:
+                console.print(Text(f"  {sentence}"), highlight=False)
     print_open(statement.doubts, statement.failed, console)
 
 
@@ -52,6 +70,50 @@ def row_of(one: Arrivals, *, wide: bool) -> list[str]:
         _times(one.ttft_s),
     ]
     return row + ([_times(one.between_s), quantity(one.mean_w, "W"), percent(one.busy_share)] if wide else [])
+
+
+def iteration_columns(*, wide: bool) -> list[str]:
+    """Return the titles of the table of iterations."""
+    titles = ["arrivals", "iterations that", "batch", "launches", "take", "in kernels", "J of one", "in gaps"]
+    return [*titles, "longest kernel"] if wide else titles
+
+
+def iteration_rows(one: Arrivals, *, wide: bool) -> list[list[str]]:
+    """Return the cells of one pattern's iterations by kind: as recorded, and the joules of weighed ones like them."""
+    rows = []
+    for kind in one.kinds:
+        row = [
+            one.pattern,
+            "prefill" if kind.kind == PREFILL else "decode only",
+            f"{kind.batch:.1f}",
+            f"{kind.launches:,.0f}",
+            quantity(kind.span_s.value, "s"),
+            percent(kind.busy_s / kind.span_s.value) if kind.span_s.value else "–",
+            with_interval(kind.joules, "J"),
+            "–" if kind.gaps_j is None or not kind.joules else percent(kind.gaps_j.value / kind.joules.value),
+        ]
+        if wide:
+            row.append(f"{short_name(kind.longest[0][0])} {quantity(kind.longest[0][1], 's')}" if kind.longest else "–")
+        rows.append(row)
+    return rows
+
+
+def told_of(one: Arrivals) -> list[str]:
+    """Return what the counter of one pattern is the sum of, and what came after its last request."""
+    found = one.found
+    if found.counter_j is None or found.idle_j is None or not found.counter_j:
+        return []
+    parts = [f"requests {quantity(found.requests_j, 'J')}", f"idle {quantity(found.idle_j, 'J')}"]
+    if found.unclaimed_j > 0:
+        parts.append(f"iterations of no request {quantity(found.unclaimed_j, 'J')}")
+    counter, rest = quantity(found.counter_j, "J"), found.residual_j / found.counter_j
+    told = [f"{one.pattern}: {' + '.join(parts)} = counter {counter}, but for {rest:+.2%} of it."]
+    if found.drain_s > 0 and found.drain_j is not None and one.pattern != SEQUENTIAL:
+        told.append(
+            f"{one.pattern}: {quantity(found.drain_s, 's')} and {quantity(found.drain_j, 'J')} of it after the last "
+            "request had come."
+        )
+    return told
 
 
 def _times(percentiles: tuple[float, ...]) -> str:
@@ -80,12 +142,32 @@ def _facts(one: Arrivals) -> dict[str, Any]:
         "request_without_idle_j": estimate_facts(one.own_j),
         "saved": estimate_facts(one.saved),
         "counter_j": one.found.counter_j,
+        "requests_j": one.found.requests_j if one.found.counter_j is not None else None,
         "idle_j": one.found.idle_j,
+        "unclaimed_j": one.found.unclaimed_j,
+        "residual_j": one.found.residual_j if one.found.counter_j is not None else None,
+        "drain_s": one.found.drain_s,
+        "drain_j": one.found.drain_j,
         "mean_w": one.mean_w,
         "mean_batch": one.mean_batch,
         "busy_share": one.busy_share,
         "window_s": one.found.seconds,
         **{key: dict(zip(names, getattr(one, key), strict=False)) for key in ("ttft_s", "between_s", "latency_s")},
         "status": one.status,
+        "iterations": [
+            {
+                "kind": kind.kind,
+                "count": kind.count,
+                "batch": kind.batch,
+                "launches": kind.launches,
+                "span_s": estimate_facts(kind.span_s),
+                "busy_s": kind.busy_s,
+                "weighed_s": kind.weighed_s,
+                "energy_j": estimate_facts(kind.joules),
+                "gaps_j": estimate_facts(kind.gaps_j),
+                "longest": [{"name": name, "seconds": seconds} for name, seconds in kind.longest],
+            }
+            for kind in one.kinds
+        ],
         "latest_s": one.latest_s,
     }

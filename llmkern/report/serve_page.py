@@ -14,7 +14,7 @@ from llmkern.report.charts import Spec, _finished
 from llmkern.report.heading import called
 from llmkern.report.html import _library, is_page
 from llmkern.report.records import records
-from llmkern.report.serve import columns_of, row_of
+from llmkern.report.serve import columns_of, iteration_columns, iteration_rows, row_of, told_of
 from llmkern.report.study_charts import _told, figure_spec
 from llmkern.runfolder.place import placed
 from llmkern.serve.figures import figures, over_time
@@ -23,7 +23,7 @@ from llmkern.text import percent, with_interval
 
 _METHOD = (
     "An iteration's joules, the idle floor and what is above it apart, go to the requests in it by the tokens that it "
-    "computed of each; what is left is idle. Sum of the requests + idle = what the counter moved.",
+    "computed of each; idle is the floor over the time in which none ran. What these leave of the counter is told.",
     "Requests are sent at their intended times whatever the server does; times are counted from there. Sequential is a "
     "closed loop: each when the one before is answered. Intervals are 95 %, over blocks of requests in their order.",
 )
@@ -63,6 +63,9 @@ def serve_page(statement: ServeStatement) -> str:
         columns=columns_of(wide=True),
         rows=[row_of(one, wide=True) for one in statement.arrivals],
         figures=[{**one, "json": json.dumps(one["spec"]).replace("<", "\\u003c")} for one in drawn],
+        iteration_columns=iteration_columns(wide=True),
+        iterations=[row for one in statement.arrivals for row in iteration_rows(one, wide=True)],
+        books=[sentence for one in statement.arrivals for sentence in told_of(one)],
         doubts=statement.doubts,
         failed=statement.failed,
         method=_METHOD,

@@ -33,9 +33,17 @@ class Limits:
 
 
 def send_all(
-    schedule: Schedule, prompts: list[Any], server: Answers, limits: Limits, look: Callable[[], None], sent: Sent
+    schedule: Schedule,
+    prompts: list[Any],
+    server: Answers,
+    limits: Limits,
+    look: Callable[[], None],
+    sent: Sent,
+    first: int = 0,
 ) -> None:
     """Send every request of *schedule* and wait for the answers; *look* raises what should end it.
+
+    The server is told numbers from *first* on.
 
     Requests that are not answered in time are left to be counted. *sent* is filled as it goes on, so that it holds
     what happened whatever ends it.
@@ -52,7 +60,7 @@ def send_all(
             if limits.in_flight is not None:
                 wait_for(server, number - limits.in_flight + 1, limits.patience_s, look)
         sent.sent_ns[number] = time.time_ns()
-        server.send(number, prompts[number], arrival.output_tokens)
+        server.send(first + number, prompts[number], arrival.output_tokens)
         if time.monotonic() - last_s > _LOOK_S:
             last_s = time.monotonic()
             look()

@@ -15,6 +15,7 @@ from typing import Any
 import nvtx
 
 from llmkern.errors import DeviceError
+from llmkern.record.device.interface import KernelRecorder
 from llmkern.runfolder.vocabulary import DOMAIN
 
 FINISHED, FAILED, UNANSWERED = "finished", "failed", "unanswered"
@@ -36,6 +37,8 @@ class Log:
     tokens: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: int = 0
+    # One that sees but the thread that starts it, to be started by the server's own.
+    recorder: KernelRecorder | None = None
 
     def drain(self) -> dict[str, Mapping[str, Any]]:
         """Return and forget the rows since the last call, as columns of tables iterations and processed."""
@@ -82,6 +85,7 @@ def logged(log: Log, synchronize: Callable[[], None]) -> Iterator[None]:
 
     processor = continuous_api.ContinuousBatchProcessor
     scheduled = Scheduled()
+    recording: list[KernelRecorder] = []
     domain = nvtx.get_domain(DOMAIN)
     prepare, update = processor.prepare_next_batch, processor.update_batch
 
@@ -103,6 +107,9 @@ def logged(log: Log, synchronize: Callable[[], None]) -> Iterator[None]:
             del self.scheduler.schedule_batch
         if there:
             scheduled.start_ns = begin_ns
+            if log.recorder is not None:
+                recording.append(log.recorder)
+                log.recorder.start(host_calls=False)
             domain.push_range(domain.get_event_attributes(message=f"iteration {log.count}", category="iteration"))
         return there
 
@@ -113,6 +120,8 @@ def logged(log: Log, synchronize: Callable[[], None]) -> Iterator[None]:
             update(self)
             synchronize()
         finally:
+            if recording:
+                recording.pop().stop()
             domain.pop_range()
         rows = []
         for (state, prefill, decode), had in zip(scheduled.rows, before, strict=True):

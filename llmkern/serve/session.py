@@ -12,10 +12,11 @@ from llmkern.errors import DeviceError, UsageError
 from llmkern.progress import Stages
 from llmkern.record import signals
 from llmkern.record.options import TraceOptions
+from llmkern.record.passes.timeline import flushed
 from llmkern.record.passes.weigh import idle
 from llmkern.record.rig import Rig
 from llmkern.runfolder import RunWriter
-from llmkern.runfolder.vocabulary import SERVE, WINDOW
+from llmkern.runfolder.vocabulary import SERVE, TIME, WINDOW
 from llmkern.serve.arrivals import Schedule, schedule
 from llmkern.serve.client import Limits, Sent, send_all, wait_for
 from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Answers, Log, Room, Server, logged, prompt_of
@@ -42,6 +43,8 @@ class ServeOptions:
     max_batch_tokens: int | None = None
     max_requests_per_batch: int | None = None
     patience_s: float = 600.0
+    # So many of them come once more, after the window, with every kernel recorded.
+    record_requests: int = 0
 
 
 def planned(options: ServeOptions) -> Schedule:
@@ -66,6 +69,13 @@ def serve(options: ServeOptions, stages: Stages) -> Path:
     # What must fit before anything is loaded: the longest request.
     trace = replace(options.trace, prompt_tokens=longest, new_tokens=max(2, answer), batch=1, annotate_only=True)
     job = prepare(trace)
+    if options.record_requests:
+        try:
+            job.device.check_unprofiled()
+        except DeviceError as error:
+            raise DeviceError(
+                "a profiler watches this process: add --record-requests 0, so that it alone records kernels."
+            ) from error
     writer = RunWriter(job.target, job.facts(), force=trace.force)
     with recording(writer, job.out_of_memory()):
         rig = assemble(job, writer, stages)
@@ -92,7 +102,11 @@ def record(rig: Rig, options: ServeOptions, made: Schedule) -> None:
         try:
             with rig.stages.stage("Warming up"):
                 _warm_up(server, prompts[0], made)
-            arrive(rig, Arriving(made, prompts, server, log, Limits(options.max_in_flight, options.patience_s)))
+            work = Arriving(made, prompts, server, log, Limits(options.max_in_flight, options.patience_s))
+            arrive(rig, work)
+            if options.record_requests:
+                with rig.stages.stage("Recording kernels"):
+                    record_some(rig, work, min(options.record_requests, len(prompts)))
         finally:
             server.stop()
     rig.writer.note(sensors={meter.name: meter.facts() for meter in rig.meters})
@@ -125,6 +139,35 @@ def arrive(rig: Rig, work: Arriving) -> None:
             # Whatever ended it: what was answered is kept.
             rig.writer.append("requests", _rows(work, sent))
         _rest(rig)
+
+
+def record_some(rig: Rig, work: Arriving, count: int) -> None:
+    """Let the first *count* requests arrive once more, with every kernel recorded: what iterations consist of."""
+    first = len(work.prompts) + _WARMUP
+    with rig.device.recorder() as recorder:
+        if recorder.of_one_thread:
+            work.log.recorder = recorder
+        else:
+            recorder.start(host_calls=False)
+        # The first launches under a new recorder are slow: run and forget them.
+        work.server.send(first, work.prompts[0], 2)
+        wait_for(work.server, work.server.answered + 1, _WARMUP_S, signals.check)
+        work.server.settle()
+        rig.device.synchronize()
+        recorder.discard()
+        work.log.drain()
+        with rig.pumped(TIME, lambda: flushed(recorder, TIME), work.log.drain) as pump:
+            begin = Sent()
+            again = replace(work.made, arrivals=work.made.arrivals[:count])
+            work.server.finished.clear()
+            work.server.failed.clear()
+            send_all(again, work.prompts, work.server, work.limits, pump.check, begin, first + 1)
+            work.server.settle()
+            rig.device.synchronize()
+            work.log.recorder = None
+            if not recorder.of_one_thread:
+                recorder.stop()
+        rig.writer.note(recorders={**rig.writer.facts.recorders, TIME: recorder.facts()})
 
 
 def _warm_up(server: Answers, prompt: Any, made: Schedule) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from llmkern.attribute.iterations import IterationKind, iteration_kinds
 from llmkern.attribute.requests import Served, served
 from llmkern.errors import LlmkernError
 from llmkern.estimate import Estimate
@@ -17,6 +18,8 @@ from llmkern.runfolder.facts import RunFacts
 SEQUENTIAL = "sequential"
 # Later than this a client does not send what the schedule says.
 LATE_S = 0.002
+# Requests and idle time have to be what the counter moved, to within this share of it.
+BOOKS_LIMIT = 0.005
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Arrivals:
     latency_s: tuple[float, ...]
     status: dict[str, int]
     latest_s: float
+    kinds: tuple[IterationKind, ...] = ()
     saved: Estimate | None = None
 
 
@@ -99,6 +103,7 @@ def read(folder: Path) -> Arrivals:
         _percentiles(done["latency_s"]),
         {str(status): int(count) for status, count in requests["status"].value_counts().items()},
         float(requests["late_s"].max()) if requests["late_s"].notna().any() else 0.0,
+        tuple(iteration_kinds(run, found)),
     )
 
 
@@ -123,6 +128,12 @@ def _doubts(found: list[Arrivals]) -> list[str]:
             said.append(f"{one.pattern}: no --gpu was given, so there are no joules.")
         elif one.request_j is None:
             said.append(f"{one.pattern}: no energy counter could be read, so there are no joules.")
-        elif one.found.unclaimed_j > 0.005 * (one.found.counter_j or 0.0):
+        elif abs(one.found.residual_j) > BOOKS_LIMIT * (one.found.counter_j or 0.0):
+            said.append(
+                f"{one.pattern}: requests and idle time leave {one.found.residual_j:+,.1f} J of the counter's "
+                f"{one.found.counter_j or 0.0:,.1f} (limit {BOOKS_LIMIT:.1%}): the board took something else between "
+                "iterations than at rest."
+            )
+        elif one.found.unclaimed_j > BOOKS_LIMIT * (one.found.counter_j or 0.0):
             said.append(f"{one.pattern}: {one.found.unclaimed_j:,.1f} J are of iterations that no request was in.")
     return list(dict.fromkeys(said))

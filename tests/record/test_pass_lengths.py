@@ -48,7 +48,7 @@ def test_a_slow_model_runs_less_often_unless_more_was_asked_for(
 def test_no_weighed_generation_is_the_first_of_its_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warmup: int
 ) -> None:
-    """What is made for a length at its first time (cuDNN's plans, some 50 ms a token) is no part of what a token costs."""
+    """What is made for a length at its first time (cuDNN's plans, some 50 ms a token) is no part of a token's cost."""
     met: set[int] = set()
     weighing, late = [], []
     generate, real = Generation.__call__, session.weigh

@@ -125,3 +125,22 @@ def test_bad_arguments_are_one_sentence(tmp_path: Path, arguments: tuple[str, ..
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("pattern", ["sequential", "burst"])
+def test_some_requests_come_once_more_with_every_operator_recorded(
+    runs: tuple[Path, dict[str, dict[str, object]]], pattern: str
+) -> None:
+    folder, told = runs
+    kinds = {kind["kind"]: kind for kind in told[pattern]["iterations"]}  # type: ignore[attr-defined]
+    assert set(kinds) == {"prefill", "decode"}
+    for kind in kinds.values():
+        assert kind["launches"] > 50
+        assert 0 < kind["busy_s"] < kind["span_s"]["value"]
+    run = RunFolder(folder / pattern)
+    again = run.table("processed")
+    again = again[again["request"] > REQUESTS + 4]
+    # Four requests, whole, and none of them is one of those that were weighed.
+    first = run.table("requests").set_index("request").loc[:3]
+    assert again["request"].nunique() == 4
+    assert again["new_tokens"].sum() == first["output_tokens"].sum()

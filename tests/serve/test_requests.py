@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmkern.attribute.iterations import iteration_kinds
 from llmkern.attribute.requests import Served, served
 from llmkern.errors import UsageError
 from llmkern.runfolder import RunFolder, RunWriter
 from llmkern.runfolder.facts import DeviceFacts
+from llmkern.serve.statement import state
 from tests.synthetic import synthetic_run
 from tests.tables import least_facts
 
@@ -20,10 +22,21 @@ FLOOR_W, TICK_NS = 120.0, 100 * MS
 # What an iteration draws above the floor: a prefill more than a decode step.
 PREFILL_W, DECODE_W = 400.0, 150.0
 Step = tuple[float, dict[int, tuple[int, int]]]
+# A recorded iteration: s, whether it prefills, requests in it, its kernels.
+Recorded = tuple[float, bool, int, list[tuple[float, float]]]
 
 
-def made(folder: Path, steps: list[tuple[float, Step]], requests: int) -> RunFolder:
-    """Write a run whose server idles so many s before each of *steps* (s, tokens of prefill and decode by request)."""
+def made(
+    folder: Path,
+    steps: list[tuple[float, Step]],
+    requests: int,
+    between_w: float = 0.0,
+    recorded: list[Recorded] | None = None,
+) -> RunFolder:
+    """Write a run whose server idles so many s before each of *steps* (s, tokens of prefill and decode by request).
+
+    In the window the board takes *between_w* more than at rest where no iteration runs.
+    """
     device = DeviceFacts(kind="cuda", index=0, name="Synthetic GPU")
     writer = RunWriter(folder, replace(least_facts(), device=device, labels={"arrivals": "x"}))
     begin_ns = 1_790_000_000 * S
@@ -46,6 +59,11 @@ def made(folder: Path, steps: list[tuple[float, Step]], requests: int) -> RunFol
     joule = FLOOR_W * (ticks - begin_ns) / S
     for start, end, watts in spans:
         joule = joule + watts * (np.clip(ticks, start, end) - start) / S
+    if between_w:
+        idle_s = (np.clip(ticks, window_ns, end_ns) - window_ns) / S
+        for start, end, _ in spans:
+            idle_s = idle_s - (np.clip(ticks, start, end) - start) / S
+        joule = joule + between_w * idle_s
     rests = [(begin_ns + S * i, begin_ns + S * (i + 1)) for i in range(3)]
     rests += [(end_ns + S * i, end_ns + S * (i + 1)) for i in range(1, 4)]
     rows = [("idle", *rest) for rest in rests] + [("window", window_ns, end_ns)]
@@ -80,15 +98,37 @@ def made(folder: Path, steps: list[tuple[float, Step]], requests: int) -> RunFol
             "status": ["finished" if n in last else "unanswered" for n in numbers],
         },
     )
+    if recorded:
+        _record(writer, end_ns + 10 * S, len(steps), recorded)
     writer.merge()
     writer.publish()
     return RunFolder(folder)
 
 
+def _record(writer: RunWriter, now_ns: int, number: int, steps: list[Recorded]) -> None:
+    """Write iterations after the window, with the kernels in each: (s after its start, s)."""
+    zeros = dict.fromkeys(("context", "graph_id", "graph_node_id", "registers", "shared_bytes", "copied_bytes"), 0)
+    zeros |= {f"{part}_{axis}": 1 for part in ("grid", "block") for axis in "xyz"}
+    for seconds, prefill, batch, kernels in steps:
+        end_ns = now_ns + round(seconds * S)
+        writer.append("iterations", {"iteration": [number], "start_ns": [now_ns], "end_ns": [end_ns]})
+        requests = list(range(100, 100 + batch))
+        tokens = {"prefill_tokens": 10 if prefill else 0, "decode_tokens": 0 if prefill else 1, "new_tokens": 1}
+        writer.append("processed", {"iteration": number, "request": requests, **tokens})
+        starts = [now_ns + round(at_s * S) for at_s, _ in kernels]
+        ends = [start + round(long_s * S) for start, (_, long_s) in zip(starts, kernels, strict=True)]
+        rows = {"pass": "time", "start_ns": starts, "end_ns": ends, "correlation_id": list(range(len(starts)))}
+        writer.append("kernels", {**rows, "name": "gemm", "device": 0, "stream": 7, "kind": "kernel", **zeros})
+        now_ns, number = end_ns, number + 1
+
+
 def books(found: Served) -> None:
     assert found.counter_j is not None
     assert found.idle_j is not None
-    assert float(found.requests["energy_j"].sum()) + found.idle_j == pytest.approx(found.counter_j, rel=1e-12)
+    # Idle is floor x time, and requests are their iterations: that both are the counter can fail.
+    claimed_j = float(found.requests["energy_j"].sum()) + found.unclaimed_j
+    assert claimed_j + found.idle_j == pytest.approx(found.counter_j, rel=0.005)
+    assert claimed_j + found.idle_j + found.residual_j == pytest.approx(found.counter_j, rel=1e-12)
     assert float(found.requests["floor_j"].sum() + found.requests["dynamic_j"].sum()) == pytest.approx(
         float(found.requests["energy_j"].sum()), rel=1e-12
     )
@@ -155,3 +195,54 @@ def test_a_run_that_served_nothing_is_a_sentence(tmp_path: Path) -> None:
     run, _ = synthetic_run(tmp_path / "run")
     with pytest.raises(UsageError, match="served no requests"):
         served(run)
+
+
+def test_what_comes_after_the_last_request_is_the_drain(tmp_path: Path) -> None:
+    # GIVEN both requests sent at once, and answered one after the other
+    steps: list[tuple[float, Step]] = [(0.0, (0.5, {0: (10, 0)})), (0.0, (0.5, {1: (10, 0)}))]
+    found = served(made(tmp_path / "run", steps, 2))
+    assert found.drain_s == pytest.approx(2.0, abs=0.01)
+    assert found.drain_j == pytest.approx(2.0 * FLOOR_W + 1.0 * PREFILL_W, rel=0.02)
+
+
+def test_a_board_that_takes_more_between_iterations_than_at_rest_is_told(tmp_path: Path) -> None:
+    """That requests and idle time are the counter is no law: a busy host warms the board, a cold one rests lower."""
+    steps: list[tuple[float, Step]] = [(1.0, (0.5, {0: (10, 0)})), (2.0, (0.5, {1: (10, 0)}))]
+    honest, more = (made(tmp_path / str(w), steps, 2, between_w=w) for w in (0.0, 30.0))
+    assert not any("leave" in said for said in state([honest.path], {}).doubts)
+    # Of the last second the counter's ticks beyond the window are taken for rest as well.
+    assert served(more).residual_j == pytest.approx(4 * 30.0, rel=0.1)
+    assert any("leave +1" in said and "limit 0.5%" in said for said in state([more.path], {}).doubts)
+
+
+def test_iterations_consist_of_kernels_and_gaps(tmp_path: Path) -> None:
+    # GIVEN ten weighed decode iterations of 100 ms and a prefill, and recorded ones whose kernels take 20 and 300 ms
+    steps: list[tuple[float, Step]] = [(1.0, (0.5, {0: (10, 0)})), *[(0.0, (0.1, {0: (0, 1)}))] * 10]
+    busy = [(0.01, 0.01), (0.03, 0.015), (0.04, 0.005)]  # the last lies inside the one before
+    recorded: list[Recorded] = [(0.6, True, 1, [(0.1, 0.3)]), (0.15, False, 1, busy), (0.15, False, 1, busy)]
+    run = made(tmp_path / "run", steps, 1, recorded=recorded)
+    found = served(run)
+    books(found)
+    assert len(found.iterations) == 11
+    prefill, decode = iteration_kinds(run, found)
+    assert (prefill.kind, prefill.count, prefill.launches) == ("prefill", 1, 1)
+    assert prefill.busy_s == pytest.approx(0.3)
+    assert (decode.kind, decode.count, decode.launches) == ("decode", 2, 3)
+    assert decode.busy_s == pytest.approx(0.025)
+    assert decode.span_s.value == pytest.approx(0.15)
+    assert decode.longest == (("gemm", pytest.approx(0.025)),)
+    # THEN its joules are those of weighed ones, gaps the floor over what of their time no kernel takes
+    assert decode.joules is not None
+    assert decode.gaps_j is not None
+    assert decode.joules.value == pytest.approx(0.1 * (FLOOR_W + DECODE_W), rel=0.03)
+    assert decode.gaps_j.value == pytest.approx(FLOOR_W * (0.1 - 0.025), rel=0.03)
+
+
+def test_recorded_iterations_of_another_batch_say_nothing_of_joules(tmp_path: Path) -> None:
+    steps: list[tuple[float, Step]] = [(1.0, (0.5, {0: (0, 1), 1: (0, 1)}))]
+    run = made(tmp_path / "run", steps, 2, recorded=[(0.1, False, 3, [(0.0, 0.05)])])
+    (decode,) = iteration_kinds(run, served(run))
+    assert decode.batch == 3
+    assert decode.joules is None
+    plain = made(tmp_path / "plain", steps, 2)
+    assert iteration_kinds(plain, served(plain)) == []

@@ -123,6 +123,8 @@ class OperatorRecorder:
     It works on the thread that started it.
     """
 
+    of_one_thread = True
+
     def __init__(self) -> None:
         # Appended to by one thread and emptied by another: both ends of a deque are atomic.
         self._records: deque[tuple[int, int, str]] = deque()

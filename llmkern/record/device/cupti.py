@@ -25,6 +25,8 @@ class CuptiRecorder:
     *library* is the file to take instead of searching.
     """
 
+    of_one_thread = False
+
     def __init__(self, library: str = "") -> None:
         module = native()
         self._errors = module.RecorderError

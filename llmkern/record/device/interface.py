@@ -54,6 +54,9 @@ class KernelRecorder(Protocol):
     It may be started and stopped more than once; at the end of a ``with`` it is closed and holds nothing any more.
     """
 
+    # Whether it sees nothing but what the thread that started it does.
+    of_one_thread: bool
+
     def __enter__(self) -> KernelRecorder: ...
 
     def __exit__(
