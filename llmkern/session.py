@@ -49,7 +49,7 @@ from llmkern.runfolder.facts import (
 )
 from llmkern.runfolder.place import check_output, check_run_target
 from llmkern.runfolder.schema import TABLES
-from llmkern.workload.engine import use_graph
+from llmkern.workload.engine import attention, use_graph
 from llmkern.workload.fused import FusedModel
 from llmkern.workload.fused import check as check_fused
 from llmkern.workload.load import LoadedModel, Source, choose_source, load_model, load_tokenizer
@@ -76,7 +76,7 @@ def trace(options: TraceOptions, stages: Stages) -> Path:
     started_s = time.monotonic()
     job = prepare(options)
     writer = RunWriter(job.target, job.facts(), force=options.force)
-    with recording(writer, job.out_of_memory()):
+    with recording(writer, job.out_of_memory()), attention(cudnn=options.cudnn_attention):
         rig = assemble(job, writer, stages)
         record(rig)
         elapsed_s = round(time.monotonic() - started_s, 3)

@@ -93,6 +93,11 @@ def work(options: dict[str, Any], log: str) -> None:
 @click.option("--start", metavar="COMMAND", help="With --url: start the server with it, and stop it in the end.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
+@click.option(
+    "--cudnn-attention/--no-cudnn-attention",
+    default=True,
+    help="Whether PyTorch may choose cuDNN's attention, which plans for every new length.  [default: it may]",
+)
 @click.option("--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True)
 @click.option(
     "--arrivals",
@@ -180,7 +185,7 @@ def command(
     if twice is not None:
         raise UsageError(f"--arrivals {twice} is there twice: leave one out.")
     folder = out or Path("serving") / name_of(f"{model}-{asked['precision'] if url is None else 'by-url'}")
-    trace = {name: asked[name] for name in ("precision", "device", "weights", "seed")}
+    trace = {name: asked[name] for name in ("precision", "device", "weights", "seed", "cudnn_attention")}
     options = {
         name: asked[name] for name in ("requests", "max_in_flight", "max_batch_tokens", "patience_s", "record_requests")
     }

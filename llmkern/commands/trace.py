@@ -73,6 +73,11 @@ from llmkern.runfolder.vocabulary import ENGINES, FUSED, PRECISIONS, WEIGHTS
     show_default=True,
     help="int8: activations above it take the fp16 path; 0 switches that path off.",
 )
+@click.option(
+    "--cudnn-attention/--no-cudnn-attention",
+    default=True,
+    help="Whether PyTorch may choose cuDNN's attention, which plans for every new length.  [default: it may]",
+)
 @click.option("--quick", is_flag=True, help="Leave out the replays: kernels of equal duration then get equal energy.")
 @click.option("--no-cache", is_flag=True, help="Replay anew what was replayed on this board before.")
 @click.option(

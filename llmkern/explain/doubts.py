@@ -164,7 +164,9 @@ def _first_of_its_length(run: RunFolder, attribution: Attribution) -> list[str]:
     if first < FIRST_LIMIT * most or first - most < FIRST_S:
         return []
     names = attribution.timeline.kernels["name"].astype(str)
-    why = " (cuDNN plans its attention for each length of the cache)" if names.str.contains("cudnn").any() else ""
+    why = ""
+    if names.str.contains("cudnn").any():
+        why = " (cuDNN plans its attention for each length of the cache; --no-cudnn-attention does without)"
     return [
         f"The first generation of these lengths took {quantity(first, 's')}, later ones {quantity(later.value, 's')}: "
         f"lengths that were not met before take {quantity((first - later.value) / steps, 's')} more for each token"
@@ -296,7 +298,10 @@ def _recorder(run: RunFolder, attribution: Attribution) -> list[str]:
                 "how it splits is that of the traced run, scaled to the weighed one, and of its gaps nothing is known. "
                 "Trace it again on a quiet host."
             )
-    for weight in attribution.only_weighed:
+    options = attribution.run.facts.options
+    # Where no timeline was to be recorded, that has been said.
+    recorded = attribution.run.facts.imported is not None or not (options.weigh_only or options.annotate_only)
+    for weight in attribution.only_weighed if recorded else ():
         found.append(
             f"The timeline holds no whole {weight.phase}: its latency and energy are as weighed, where they went is "
             "not known."

@@ -28,6 +28,7 @@ class TraceOptions:
     outliers: int = 6
     double_quant: bool = False
     int8_threshold: float = 6.0
+    cudnn_attention: bool = True
     quick: bool = False
     no_cache: bool = False
     annotate_only: bool = False

@@ -49,6 +49,7 @@ class OptionFacts:
     outliers: Ordinal = 6
     double_quant: bool = False
     int8_threshold: Annotated[float, Meta(ge=0)] = 6.0
+    cudnn_attention: bool = True
     quick: bool = False
     no_cache: bool = False
     annotate_only: bool = False

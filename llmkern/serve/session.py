@@ -23,6 +23,7 @@ from llmkern.serve.server import FAILED, FINISHED, UNANSWERED, Answers, Log, Roo
 from llmkern.session import assemble, finish, prepare, recording
 from llmkern.study.plan import Lengths
 from llmkern.study.prompts import drawn
+from llmkern.workload.engine import attention
 
 # Rests before and after, for the floor.
 _REST_S, _RESTS = 1.2, 3
@@ -77,7 +78,7 @@ def serve(options: ServeOptions, stages: Stages) -> Path:
                 "a profiler watches this process: add --record-requests 0, so that it alone records kernels."
             ) from error
     writer = RunWriter(job.target, job.facts(), force=trace.force)
-    with recording(writer, job.out_of_memory()):
+    with recording(writer, job.out_of_memory()), attention(cudnn=trace.cudnn_attention):
         rig = assemble(job, writer, stages)
         writer.note(labels={"arrivals": made.pattern, "requests": str(len(made.arrivals)), "server": "in process"})
         record(rig, options, made)

@@ -34,6 +34,7 @@ def tasks_of(source: Source, folder: Path) -> list[Task]:
         "quick": settings.record != "replays",
         "unweighed_window_s": _UNWEIGHED_S,
         **{name: getattr(settings, name) for name in ("repeats", "warmup", "weights", "device", "outliers")},
+        "cudnn_attention": settings.cudnn_attention,
     }
     found = []
     for one in source.configurations():

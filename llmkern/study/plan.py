@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     device: str = "auto"
     outliers: Annotated[int, Meta(ge=0, le=2**24)] = 6
     double_quant: bool = False
+    cudnn_attention: bool = True
     int8_threshold: Annotated[float, Meta(ge=0, le=1e9)] = 6.0
     seed: Annotated[int, Meta(ge=0, le=2**31)] = 0
 

@@ -15,6 +15,20 @@ from llmkern.errors import DeviceError
 Launch = Callable[[], Any]
 
 
+@contextmanager
+def attention(*, cudnn: bool) -> Iterator[None]:
+    """Let PyTorch choose its attention for the time, from all of its ways or without cuDNN's.
+
+    cuDNN makes a plan for every shape that it has not met: in decode one for each length of the cache.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before and cudnn)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def capture_cuda(forward: Launch) -> Launch:
     """Capture *forward* in a CUDA graph and return what launches it; its results are always the same tensors."""
     graph: Any = torch.cuda.CUDAGraph()
