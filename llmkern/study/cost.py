@@ -33,7 +33,7 @@ class Rates:
 _RATES = {
     # One H100, and the host of a virtual machine.
     "cuda": Rates(
-        2.5e12, {"fp32": 4e13, "": 3e14}, {"int8": 4e-3, "int4": 1.2e-3, "": 0.9e-3}, 9.0, 4e9, 2.1, 7.0, 12.0, 50.0
+        2.5e12, {"fp32": 4e13, "": 3e14}, {"int8": 4e-3, "int4": 1.2e-3, "": 0.9e-3}, 5.0, 4e9, 2.1, 7.0, 12.0, 50.0
     ),
     # A few cores, whose energy can seldom be read.
     "cpu": Rates(1.5e10, {"": 1.5e11}, {"int8": 2e-3, "": 5e-4}, 3.0, 2e8, 0.5, 5.0, 3.0, 25.0),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llmkern import session
+from llmkern.attribute.attribution import attribute
 from llmkern.progress import Stages
 from llmkern.record.generation import Generation
 from llmkern.record.options import TraceOptions
@@ -83,3 +84,22 @@ def test_no_weighed_generation_is_the_first_of_its_length(
     plan = RunFolder(tmp_path / "run").facts.plan
     assert plan is not None
     assert (plan.first_generate_s is None) == (warmup == 1)
+
+
+def test_a_run_that_only_weighs_does_nothing_else(tmp_path: Path) -> None:
+    options = TraceOptions(
+        "qwen-tiny",
+        device="cpu",
+        prompt_tokens=8,
+        new_tokens=4,
+        warmup=1,
+        repeats=2,
+        weigh_only=True,
+        unweighed_window_s=0.05,
+        out=tmp_path / "run",
+    )
+    session.trace(options, Stages(quiet=True))
+    run = RunFolder(tmp_path / "run")
+    assert set(run.facts.pass_s) == {"warmup", "weigh"}
+    assert not run.has("kernels")
+    assert attribute(run).weighed is not None

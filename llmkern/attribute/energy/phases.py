@@ -120,7 +120,8 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
     marks = ranges[(ranges["category"] == "phase") & (ranges["new_tokens"] == longest)]
     by_ranges = None
     sensors = calibrate(run)
-    if curve is not None:
+    # Where only windows were weighed no sensor was tried that could tell parts of them apart.
+    if curve is not None and not run.facts.options.weigh_only:
         # Without a self-test (an older run, a CPU) the samples are taken where there are any.
         fine = device is not None and (not sensors or choose(sensors)[0] == "samples")
         sample_ns, sample_w = _samples(curve, power if fine else power.iloc[:0], books)
