@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import argument, client, decode, fused, fuzz, study
+from bench import argument, client, decode, fused, fuzz, serving, study
 from bench.result import RESULTS, interval
 from llmkern.attribute.attribution import attribute
 from llmkern.explain import Explanation
@@ -343,7 +343,9 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "fused": fused.table,
     "argument": argument.table,
     "fuzz": fuzz.table,
+    "serving": serving.table,
     "study-precision": study.table,
+    "study-batch": study.table,
 }
 
 

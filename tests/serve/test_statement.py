@@ -9,10 +9,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from bench.serving import order
+from llmkern.estimate import from_samples
 from llmkern.report.serve import print_serve, serve_document
 from llmkern.report.serve_page import serve_page
 from llmkern.runfolder import RunFolder
@@ -123,3 +127,24 @@ def test_what_was_answered_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     requests = run.table("requests")
     assert (requests["status"] == "finished").sum() >= 5
     assert len(requests) < 1000
+
+
+def test_the_bench_says_whether_the_studys_order_holds() -> None:
+    def arrivals(pattern: str, joules: float, spread: float) -> Any:
+        estimate = from_samples([joules * (1 + spread * step) for step in (-1.0, -0.5, -0.1, 0.1, 0.5, 1.0)])
+        return SimpleNamespace(pattern=pattern, request_j=estimate)
+
+    found = order(
+        (
+            *(arrivals("sequential", 90.0, 0.01), arrivals("burst", 40.0, 0.01), arrivals("fixed:0.05", 30.0, 0.3)),
+            *(arrivals("fixed:0.5", 80.0, 0.01), arrivals("uniform:0-1", 32.0, 0.01)),
+        )
+    )
+    # Of two fixed intervals the one that takes least stands for them.
+    assert [(one["less"], one["more"], one["holds"]) for one in found] == [
+        ("fixed:0.05", "uniform:0-1", None),
+        ("uniform:0-1", "burst", True),
+        ("burst", "sequential", True),
+    ]
+    (other,) = order((arrivals("burst", 90.0, 0.01), arrivals("sequential", 40.0, 0.01)))
+    assert other["holds"] is False
