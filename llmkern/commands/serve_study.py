@@ -133,7 +133,7 @@ def work(options: dict[str, Any], log: str) -> None:
     type=click.IntRange(0, 10**5),
     default=4,
     show_default=True,
-    help="So many come once more with every kernel recorded; 0 records none.",
+    help="So many come once more with every kernel recorded (not by URL); 0 records none.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of weights and requests.")
 @common.out("Folder of the runs.  [default: serving/MODEL-PRECISION]")

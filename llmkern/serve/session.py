@@ -105,7 +105,8 @@ def record(rig: Rig, options: ServeOptions, made: Schedule) -> None:
                 _warm_up(server, prompts[0], made)
             work = Arriving(made, prompts, server, log, Limits(options.max_in_flight, options.patience_s))
             arrive(rig, work)
-            if options.record_requests:
+            # One that has stopped answers no more; what it did is recorded.
+            if options.record_requests and server.alive:
                 with rig.stages.stage("Recording kernels"):
                     record_some(rig, work, min(options.record_requests, len(prompts)))
         finally:

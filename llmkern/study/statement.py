@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 
 from llmkern.estimate import Estimate
+from llmkern.explain.doubts import FIRST_LIMIT
 from llmkern.runfolder.vocabulary import DECODE, PREFILL
 from llmkern.study.claims import Claim, by_batch, called, claims, optimum
-from llmkern.study.collect import GENERATE, Collection, Pooled, pooled
+from llmkern.study.collect import GENERATE, Collection, Pooled, Run, pooled
 from llmkern.text import with_interval
 
 
@@ -253,7 +254,22 @@ def _doubts(collection: Collection, devices: tuple[str, ...], books: pd.DataFram
             f"{books['windows_j'].sum():,.0f} J in windows, {books['idle_j'].sum():,.0f} J at rest between them, "
             f"{share:.2%} in neither."
         )
+    dearer = [ratio for run in collection.runs if (ratio := _first_by_later(run)) is not None and ratio > FIRST_LIMIT]
+    if dearer:
+        found.append(
+            f"In {len(dearer)} of {len(collection.runs)} runs the first generation of its lengths took "
+            f"{min(dearer):.1f} to {max(dearer):.1f} times a later one, which is in no figure here; "
+            "'llmkern report RUN' tells what it costs for each token."
+        )
     fused = [run for run in collection.runs if run.facts.options.engine == "fused"]
     if fused:
         found.append("Times between tokens are not known with the fused engine: its host does not wait for them.")
     return found
+
+
+def _first_by_later(run: Run) -> float | None:
+    """Return what the first generation of a run's lengths took, by what later ones did; None where it is not known."""
+    plan, later = run.facts.plan, run.measures.get(GENERATE, {}).get("latency")
+    if plan is None or plan.first_generate_s is None or later is None or later.value <= 0:
+        return None
+    return plan.first_generate_s / later.value

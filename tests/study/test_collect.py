@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from llmkern.errors import UsageError
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
+from llmkern.runfolder.document import encode
+from llmkern.runfolder.facts import PlanFacts
 from llmkern.study.claims import NOT_SEEN, PARTLY, SEEN, UNCLEAR, UNKNOWN, _lies_in, _verdict, claims, optimum, together
 from llmkern.study.collect import GENERATE, collect, pooled
 from llmkern.study.macro import macro
@@ -276,3 +279,15 @@ def test_the_frame_has_units_in_its_names_and_no_hidden_nothing(padded: Path) ->
     row = frame[frame["phase"] == "prefill"].iloc[0]
     assert pd.isna(row["energy_per_output_token_j"])
     assert (frame["effective_input_tokens"] + frame["padding_tokens"] == frame["computed_input_tokens"]).all()
+
+
+def test_what_a_length_costs_at_first_is_told_over_all_runs(tmp_path: Path) -> None:
+    truth = Truth()
+    whole_s = truth.prefill_s + 15 * truth.token_s
+    for name, times in (("dear", 2.5), ("dearer", 3.2), ("as later ones", 1.1), ("unknown", None)):
+        run = made_run(tmp_path / name, Asked())
+        plan = PlanFacts(new_tokens=16, first_generate_s=None if times is None else times * whole_s)
+        (run.path / "run.json").write_bytes(encode(replace(run.facts, plan=plan)))
+    told = [line for line in state(collect([tmp_path]), "x").doubts if "first generation" in line]
+    assert len(told) == 1
+    assert told[0].startswith("In 2 of 4 runs the first generation of its lengths took 2.5 to 3.2 times a later one")
