@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 # Without a GPU Triton runs in its interpreter; it must be told so before anything imports it (bitsandbytes does).
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# A shell that starts the tests in the background lets them ignore Ctrl+C, and so would all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
 
 import pytest
 import torch
