@@ -10,13 +10,13 @@ import signal
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest
+import torch
+
 # A shell that starts the tests in the background lets them ignore Ctrl+C, and so would all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, signal.SIG_DFL)
-
-import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
