@@ -106,10 +106,20 @@ def named(run: RunFolder) -> str:
 
 def told_of(name: str, options: list[str], run: RunFolder, note: str = "") -> dict[str, Any]:
     """Return the case *name* as *run* measured it."""
-    weighed = attribute(run).weighed
+    attribution = attribute(run)
+    weighed = attribution.weighed
     if weighed is None or "decode" not in weighed.phases:
         return case(name, {"options": options}, {}, False, "decode cannot be told from zero")
-    return case(name, {"options": options}, _metrics(run, weighed), True, note)
+    found = _metrics(run, weighed)
+    account = attribution.accounts.get("decode")
+    if account is not None:
+        # Of a run whose kernels were recorded as well.
+        batch = run.facts.options.batch
+        found["launches"] = metric(account.launches, "1")
+        for part, joules in (("kernels", account.kernel_j), ("gaps", account.gap_j)):
+            if joules is not None:
+                found[f"token_energy_{part}"] = metric(joules.scaled(1 / batch), "J")
+    return case(name, {"options": options}, found, True, note)
 
 
 def _metrics(run: RunFolder, weighed: Any) -> dict[str, Any]:
@@ -145,7 +155,9 @@ def bytes_of_step(run: RunFolder) -> float:
 
 def table(document: dict[str, Any]) -> list[str]:
     """Return the lines of docs/measured.md."""
-    rows = ["| case | step, ms | J per token | read rate, TB/s | least, ms and J |", "|---|---|---|---|---|"]
+    split = any("token_energy_gaps" in found["metrics"] for found in document["cases"])
+    more = " in kernels and gaps |" if split else ""
+    rows = [f"| case | step, ms | J per token |{more} read rate, TB/s | least, ms and J |", "|---" * (5 + split) + "|"]
     for found in document["cases"]:
         m = found["metrics"]
         if "token_energy" not in m:
@@ -155,6 +167,9 @@ def table(document: dict[str, Any]) -> list[str]:
             for e, f, p in ((m["step"], 1e3, 2), (m["token_energy"], 1.0, 2 if m["token_energy"]["value"] > 1 else 3))
         )
         least = f"{m['least_step']['value'] * 1e3:.2f} and {m['least_token_energy']['value']:.3f}"
+        if split:
+            parts = [f"{m[k]['value']:.2f}" if k in m else "–" for k in ("token_energy_kernels", "token_energy_gaps")]
+            joules += f" | {' and '.join(parts)}" if parts != ["–"] * 2 else " | –"
         rows.append(f"| {found['name']} | {step} | {joules} | {m['read_rate']['value'] / 1e12:.2f} | {least} |")
     return rows
 
