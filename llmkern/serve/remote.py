@@ -34,6 +34,14 @@ class Address:
     key: str = "none"
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Tokens of an answer, and of its prompt where the server told them (0: it did not)."""
+
+    output: int
+    prompt: int = 0
+
+
 class Remote(Answers):
     """A server by URL that is asked by streaming, in a thread of its own."""
 
@@ -44,7 +52,7 @@ class Remote(Answers):
         timeout = openai.Timeout(patience_s, connect=_CONNECT_S)
         self._loop = asyncio.new_event_loop()
         self._client = openai.AsyncOpenAI(base_url=address.url, api_key=address.key, max_retries=0, timeout=timeout)
-        self._chat, self._full_length = False, True
+        self._chat, self._full_length, self._counts = False, True, True
         self._thread = threading.Thread(target=self._loop.run_forever, name="llmkern-client", daemon=True)
 
     def start(self) -> None:
@@ -69,10 +77,12 @@ class Remote(Answers):
     def try_out(self, prompt: str) -> None:
         """Ask once and wait, in the ways that servers know; raises DeviceError or UsageError where it knows none.
 
-        Completions or chat, and with the words that keep an answer from ending early or without them.
+        Completions or chat, with the words that keep an answer from ending early or without them, and with those that
+        make it count tokens or without them.
         """
         refusal: Exception | None = None
-        for self._chat, self._full_length in itertools.product((False, True), (True, False)):
+        ways = itertools.product((False, True), (True, False), (True, False))
+        for self._chat, self._full_length, self._counts in ways:
             try:
                 told = self._now(self._streamed(prompt, 4, lambda: None))
             except Exception as error:
@@ -80,7 +90,7 @@ class Remote(Answers):
                 if getattr(error, "status_code", None) in _UNKNOWN:
                     continue
                 raise _refused(error, self._address) from error
-            if told:
+            if told.output:
                 return
             raise DeviceError(
                 f"{self._address.url} answers without streaming: nothing can be said of the time to a token; use a "
@@ -100,29 +110,35 @@ class Remote(Answers):
             self._log.last_ns[number] = now_ns
 
         try:
-            count = await self._streamed(prompt, new_tokens, token)
-            if not count:
+            told = await self._streamed(prompt, new_tokens, token)
+            if not told.output:
                 raise DeviceError("it answered without a token, or without streaming")
         except Exception as error:
             self.note_failed(number, f"{type(error).__name__}: {_line(error)}")
         else:
-            self.note_finished(number, count)
+            if told.prompt:
+                self._log.prompt_tokens[number] = told.prompt
+            self.note_finished(number, told.output)
 
-    async def _streamed(self, prompt: str, new_tokens: int, token: Callable[[], None]) -> int:
-        """Return how many tokens (chunks with text) came; *token* is called at each."""
+    async def _streamed(self, prompt: str, new_tokens: int, token: Callable[[], None]) -> Counted:
+        """Return how many tokens came, as the server counts them or else in chunks; *token* is called at each chunk."""
         # What asks a server not to end an answer early is no part of the standard: most that serve models know it.
         more: dict[str, Any] = {"max_tokens": new_tokens, "temperature": 0.0, "stream": True}
         if self._full_length:
             more["extra_body"] = {"ignore_eos": True, "min_tokens": new_tokens}
+        if self._counts:
+            more["stream_options"] = {"include_usage": True}
         if self._chat:
             asked = self._client.chat.completions.create(
                 model=self._address.model, messages=[{"role": "user", "content": prompt}], **more
             )
         else:
             asked = self._client.completions.create(model=self._address.model, prompt=prompt, **more)
-        count, ended = 0, False
+        count, prompt_tokens, ended = 0, 0, False
+        usage: Any = None
         async with await asked as stream:
             async for chunk in stream:
+                usage = getattr(chunk, "usage", None) or usage
                 for choice in getattr(chunk, "choices", None) or ():
                     text = getattr(getattr(choice, "delta", None), "content", None) or getattr(choice, "text", None)
                     if text:
@@ -131,7 +147,11 @@ class Remote(Answers):
                     ended = ended or bool(getattr(choice, "finish_reason", None))
         if count and not ended:
             raise DeviceError("the stream ended before the answer did")
-        return count
+        if count and usage is not None:
+            # A chunk may hold several tokens, or a part of one.
+            count = _whole(getattr(usage, "completion_tokens", None)) or count
+            prompt_tokens = _whole(getattr(usage, "prompt_tokens", None))
+        return Counted(count, prompt_tokens)
 
     @property
     def alive(self) -> bool:
@@ -162,6 +182,10 @@ def _library() -> Any:
     except ImportError as error:
         raise UsageError("--url needs a package that is not here: pip install openai.") from error
     return openai
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and 0 < value < 2**40 else 0
 
 
 def _line(error: BaseException) -> str:

@@ -35,6 +35,8 @@ class Log:
     first_ns: dict[int, int] = field(default_factory=dict)
     last_ns: dict[int, int] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
+    # Tokens of prompts as a server by URL counts them.
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     count: int = 0
     # One that sees but the thread that starts it, to be started by the server's own.

@@ -199,7 +199,7 @@ def _rows(work: Arriving, sent: Sent) -> dict[str, Any]:
         "sent_ns": [sent.sent_ns.get(n) for n in numbers],
         "first_token_ns": [log.first_ns.get(n) for n in numbers],
         "last_token_ns": [log.last_ns.get(n) for n in numbers],
-        "prompt_tokens": [work.made.arrivals[n].prompt_tokens for n in numbers],
+        "prompt_tokens": [log.prompt_tokens.get(n, work.made.arrivals[n].prompt_tokens) for n in numbers],
         "output_tokens": [server.finished.get(n, 0) for n in numbers],
         "status": status,
         "reason": [server.failed.get(n, "") for n in numbers],

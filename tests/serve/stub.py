@@ -23,6 +23,8 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.faults, self.token_s = faults, how.get("token_s", 0.002)
         self.key, self.streams, self.only_chat = how.get("key"), how.get("streams", True), how.get("only_chat", False)
+        # Tokens of a chunk, and whether it counts them when asked: "yes", "no" (it leaves them out), "refuses".
+        self.of_chunk, self.counts = how.get("of_chunk", 1), how.get("counts", "yes")
         self.count, self.lock = 0, threading.Lock()
 
     @property
@@ -64,6 +66,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.only_chat and not chat:
             self._json(404, {"error": {"message": "no such address"}})
             return
+        counts = asked.get("stream_options", {}).get("include_usage", False)
+        if counts and self.server.counts == "refuses":
+            self._json(422, {"error": {"message": "stream_options is unknown"}})
+            return
         with self.server.lock:
             number, self.server.count = self.server.count, self.server.count + 1
         fault = self.server.faults.get(number, "")
@@ -78,7 +84,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         tokens = asked["max_tokens"]
-        for place in range(tokens):
+        chunks = -(-tokens // self.server.of_chunk)
+        for place in range(chunks):
             if fault == "empty":
                 break
             if fault == "stall" and place == 1:
@@ -87,15 +94,25 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             time.sleep(self.server.token_s)
-            self._chunk(chat, "word ", "length" if place == tokens - 1 else None)
+            self._chunk(chat, "word ", "length" if place == chunks - 1 else None)
+        if counts and self.server.counts == "yes":
+            usage = {
+                "prompt_tokens": 1000 + number,
+                "completion_tokens": tokens,
+                "total_tokens": 1000 + number + tokens,
+            }
+            self._event({"choices": [], "usage": usage}, chat)
         self._write(b"data: [DONE]\n\n")
         self._write(b"")
 
     def _chunk(self, chat: bool, text: str, reason: str | None) -> None:
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
         choice |= {"delta": {"content": text}} if chat else {"text": text}
+        self._event({"choices": [choice]}, chat)
+
+    def _event(self, content: dict[str, Any], chat: bool) -> None:
         kind = "chat.completion.chunk" if chat else "text_completion"
-        event = {"id": "x", "object": kind, "created": 0, "model": MODEL, "choices": [choice]}
+        event = {"id": "x", "object": kind, "created": 0, "model": MODEL, **content}
         self._write(f"data: {json.dumps(event)}\n\n".encode())
 
     def _write(self, body: bytes) -> None:

@@ -49,6 +49,17 @@ def test_every_request_is_answered(tmp_path: Path, arrivals: str, only_chat: boo
     assert found.counter_j is None
 
 
+@pytest.mark.parametrize("counts", ["yes", "no", "refuses"])
+def test_tokens_are_counted_by_the_server_where_it_does(tmp_path: Path, counts: str) -> None:
+    """A chunk may hold several tokens: five tokens in chunks of two were three."""
+    with stub(of_chunk=2, counts=counts) as server:
+        requests = run(tmp_path, server.url, "sequential", 4).table("requests")
+    assert requests["status"].to_list() == ["finished"] * 4
+    assert requests["output_tokens"].to_list() == [5 if counts == "yes" else 3] * 4
+    # The trial was number 0.
+    assert requests["prompt_tokens"].to_list() == ([1001, 1002, 1003, 1004] if counts == "yes" else [5] * 4)
+
+
 def test_whatever_a_server_does_wrong_is_told_of_its_request(tmp_path: Path) -> None:
     # Request number 0 is the trial before.
     faults = {3: "error", 7: "close", 11: "stall", 15: "empty"}
