@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llmkern.attribute.attribution import Attribution
+from llmkern.attribute.energy.phases import FIRST_LIMIT
 from llmkern.attribute.time.operators import Identified
 from llmkern.estimate import LEAST_FOR_INTERVAL
 from llmkern.explain.compare import OVERLAP_LIMIT
@@ -25,8 +26,8 @@ CLOSURE_LIMIT = 0.05
 WORKLOAD_LIMIT = 0.3
 # A difference of less than this share of its parts says little.
 LEAST_SHARE = 0.15
-# The first generation of a length is told of where it takes this many times as long as later ones, and so much more.
-FIRST_LIMIT, FIRST_S = 1.5, 0.2
+# So many s more the first generation of a length has to take to be told of.
+FIRST_S = 0.2
 _THROTTLE = {
     0x4: "the software power cap",
     0x8: "a hardware slowdown",

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from llmkern.attribute.energy.phases import FIRST_LIMIT
 from llmkern.estimate import Estimate
-from llmkern.explain.doubts import FIRST_LIMIT
 from llmkern.runfolder.vocabulary import DECODE, PREFILL
 from llmkern.study.claims import Claim, by_batch, called, claims, optimum
 from llmkern.study.collect import GENERATE, Collection, Pooled, Run, pooled

@@ -12,11 +12,14 @@ from llmkern.attribute.energy.counter import EnergyCurve, counter_of
 from llmkern.attribute.energy.floor import Floor, mean_reading, mean_temperature, measure_floor
 from llmkern.attribute.energy.sensors import Sensor, calibrate, choose
 from llmkern.attribute.time.timeline import Timeline
+from llmkern.errors import RunFolderError
 from llmkern.estimate import Estimate, from_samples
 from llmkern.runfolder import RunFolder
-from llmkern.runfolder.vocabulary import DECODE, PREFILL, PROMPT_SET, WINDOW
+from llmkern.runfolder.vocabulary import DECODE, GENERATE, PHASE, PREFILL, PROMPT_SET, WINDOW
 from llmkern.text import with_interval
 
+# The first generation of a length is told of where it takes this many times as long as later ones.
+FIRST_LIMIT = 1.5
 # By difference a temperature is not taken further than this beyond those of both windows.
 _MOST_BEYOND_C = 3.0
 
@@ -94,12 +97,14 @@ class Weighed:
 def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | None:
     """Return pass *weigh* of *run* with the energy of *sensor* on *device* (None: summed over devices).
 
-    None when the run has no complete round of windows.
+    None when the run has no complete round of windows. Raises RunFolderError where a window or generation is there
+    twice.
     """
     ranges = run.table("ranges")
     # The board rested before and after this pass, and once more after the replays, when it was warmer.
     idle = ranges[ranges["category"] == "idle"]
     ranges = ranges[ranges["pass"] == "weigh"]
+    _check_once(run, ranges)
     power = run.table("power")
     if device is not None:
         power = power[power["device"] == device]
@@ -145,6 +150,18 @@ def weigh_phases(run: RunFolder, sensor: str, device: int | None) -> Weighed | N
         unknown=unknown,
         prompt_set=_of_prompt_set(of_sets),
     )
+
+
+def _check_once(run: RunFolder, ranges: pd.DataFrame) -> None:
+    """Raise RunFolderError where a window, generation or phase begins twice: it would count twice in a mean."""
+    own = ranges[ranges["category"].isin((WINDOW, PROMPT_SET, GENERATE, PHASE))]
+    twice = own[own.duplicated(["category", "start_ns"])]
+    if len(twice):
+        first = twice.iloc[0]
+        raise RunFolderError(
+            f"{run.path / 'ranges.parquet'} has {first['category']} {first['name']!r} at {first['start_ns']} ns twice: "
+            "the file was changed or damaged after it was recorded: restore it, or trace the run again."
+        )
 
 
 def known_phases(phases: dict[str, PhaseWeight]) -> tuple[dict[str, PhaseWeight], dict[str, str]]:
