@@ -99,6 +99,22 @@ def estimate(energy: Energy, per_mj: float) -> Estimate:
     return Estimate(value * per_mj, low * per_mj, high * per_mj, energy.windows)
 
 
+def weighed(device: Device, scale: Scale, turns: Turns, stored_bytes: int, name: str) -> dict[str, Any]:
+    """Return the metrics of a call of *turns*: µs, mJ and J per GB of weights where there is a counter; print them."""
+    us = microseconds(device, turns)
+    median = us[len(us) // 2]
+    spans = scale.weigh(turns, median)
+    scale.rest()
+    energy = scale.joules(spans, median, stored_bytes)
+    metrics = {"cold": result.metric(median, "us", us)}
+    if energy is not None:
+        metrics["energy"] = result.metric(estimate(energy, 1.0), "mJ")
+        per_gb = estimate(energy, 1e-3 / (stored_bytes / 1e9))
+        metrics["joules_per_gb"] = result.metric(per_gb, "J/GB")
+        print(f"{name}: {median:.2f} us, {per_gb.value:.4f} J/GB", flush=True)
+    return metrics
+
+
 def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: int) -> list[dict[str, Any]]:
     """Return a case per stage that is taken out of *format*'s packed kernel."""
     n, k = shape
@@ -114,17 +130,7 @@ def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: 
     for stage in STAGES:
         put(build, without(format, stage))
         turns.in_turn()
-        us = microseconds(device, turns)
-        median = us[len(us) // 2]
-        spans = scale.weigh(turns, median)
-        scale.rest()
-        energy = scale.joules(spans, median, weight.stored_bytes)
-        metrics = {"cold": result.metric(median, "us", us)}
-        if energy is not None:
-            metrics["energy"] = result.metric(estimate(energy, 1.0), "mJ")
-            per_gb = estimate(energy, 1e-3 / (weight.stored_bytes / 1e9))
-            metrics["joules_per_gb"] = result.metric(per_gb, "J/GB")
-            print(f"{format} {n}x{k} M={m} {stage}: {median:.2f} us, {per_gb.value:.4f} J/GB", flush=True)
+        metrics = weighed(device, scale, turns, weight.stored_bytes, f"{format} {n}x{k} M={m} {stage}")
         parameters = {"format": format, "n": n, "k": k, "m": m, "stage": stage}
         found.append(result.case(f"{format} {n}x{k}, M={m}: {stage}", parameters, metrics, None))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import result
-from bench.stages import estimate, microseconds, put
+from bench.stages import put, weighed
 from bench.tune import random_weight
 from llmkern.evaluate.energy import Scale, scale_of
 from llmkern.evaluate.timing import Turns, copies_for
@@ -171,17 +171,7 @@ def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: 
             right = y.clone()
         elif not torch.equal(y, right):
             raise SystemExit(f"{format}, {name}: another result than the kernel as it is.")
-        us = microseconds(device, turns)
-        median = us[len(us) // 2]
-        spans = scale.weigh(turns, median)
-        scale.rest()
-        energy = scale.joules(spans, median, weight.stored_bytes)
-        metrics = {"cold": result.metric(median, "us", us)}
-        if energy is not None:
-            per_gb = estimate(energy, 1e-3 / (weight.stored_bytes / 1e9))
-            metrics |= {"energy": result.metric(estimate(energy, 1.0), "mJ")}
-            metrics |= {"joules_per_gb": result.metric(per_gb, "J/GB")}
-            print(f"{format} {n}x{k} M={m} {name}: {median:.2f} us, {per_gb.value:.4f} J/GB", flush=True)
+        metrics = weighed(device, scale, turns, weight.stored_bytes, f"{format} {n}x{k} M={m} {name}")
         parameters = {"format": format, "n": n, "k": k, "m": m, "variant": name}
         found.append(result.case(f"{format} {n}x{k}, M={m}: {name}", parameters, metrics, None))
     return found
