@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,45 @@ def estimate(energy: Energy, per_mj: float) -> Estimate:
     return Estimate(value * per_mj, low * per_mj, high * per_mj, energy.windows)
 
 
+@dataclass(frozen=True)
+class Calls:
+    """A layer of *stored_bytes*, its *plain* build as chosen, its results *y*, and calls of any build that do not meet
+    in L2.
+    """
+
+    plain: Build
+    stored_bytes: int
+    y: torch.Tensor
+    of: Callable[[Build], Turns]
+
+
+def calls_of(format: str, shape: tuple[int, int], m: int) -> Calls:
+    """Return calls of *format*'s packed kernel for random weights [n, k] and *m* tokens."""
+    n, k = shape
+    weight: Any = random_weight(format, n, k)
+    weight = weight.to_packed()
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+    copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]
+    structs = [copy.struct() for copy in copies]
+
+    def turns(build: Build) -> Turns:
+        # The structs point into the copies, which must live as long.
+        return Turns(lambda index: launch.launch(build, structs[index], x, None, y), len(copies))
+
+    return Calls(choose(weight, m, x.device).build(weight, x.dtype, True), weight.stored_bytes, y, turns)
+
+
+def arguments_of(about: str | None, formats: str) -> argparse.Namespace:
+    """Return what the command line asks for: shape as (n, k), batches, formats, results."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="37888x3584", type=lambda text: tuple(map(int, text.split("x"))))
+    parser.add_argument("--batch", default="1", type=lambda text: list(map(int, text.split(","))))
+    parser.add_argument("--formats", default=formats, type=lambda text: text.split(","))
+    parser.add_argument("--results", type=Path, default=None, help="folder of the result file")
+    return parser.parse_args()
+
+
 def weighed(device: Device, scale: Scale, turns: Turns, stored_bytes: int, name: str) -> dict[str, Any]:
     """Return the metrics of a call of *turns*: µs, mJ and J per GB of weights where there is a counter; print them."""
     us = microseconds(device, turns)
@@ -118,32 +159,20 @@ def weighed(device: Device, scale: Scale, turns: Turns, stored_bytes: int, name:
 def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: int) -> list[dict[str, Any]]:
     """Return a case per stage that is taken out of *format*'s packed kernel."""
     n, k = shape
-    weight: Any = random_weight(format, n, k)
-    weight = weight.to_packed()
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-    copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]
-    structs = [copy.struct() for copy in copies]
-    build = choose(weight, m, x.device).build(weight, x.dtype, True)
-    turns = Turns(lambda index: launch.launch(build, structs[index], x, None, y), len(copies))
+    calls = calls_of(format, shape, m)
+    turns = calls.of(calls.plain)
     found = []
     for stage in STAGES:
-        put(build, without(format, stage))
+        put(calls.plain, without(format, stage))
         turns.in_turn()
-        metrics = weighed(device, scale, turns, weight.stored_bytes, f"{format} {n}x{k} M={m} {stage}")
+        metrics = weighed(device, scale, turns, calls.stored_bytes, f"{format} {n}x{k} M={m} {stage}")
         parameters = {"format": format, "n": n, "k": k, "m": m, "stage": stage}
         found.append(result.case(f"{format} {n}x{k}, M={m}: {stage}", parameters, metrics, None))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="37888x3584")
-    parser.add_argument("--batch", default="1")
-    parser.add_argument("--formats", default="int8,nf4,int4")
-    parser.add_argument("--results", type=Path, default=None, help="folder of the result file")
-    arguments = parser.parse_args()
-    n, k = map(int, arguments.shape.split("x"))
+    arguments = arguments_of(__doc__, "int8,nf4,int4")
     device = choose_device("auto")
     found = []
     with scale_of(device) as scale:
@@ -159,9 +188,9 @@ def main() -> None:
                 print(f"{name}: {per_gb.value:.4f} [{per_gb.low:.4f}, {per_gb.high:.4f}] J/GB", flush=True)
                 metrics = {"joules_per_gb": result.metric(per_gb, "J/GB")}
                 found.append(result.case(name, {"bytes": moved}, metrics, None))
-        for format in arguments.formats.split(","):
-            for m in map(int, arguments.batch.split(",")):
-                found += cases(device, scale, format, (n, k), m)
+        for format in arguments.formats:
+            for m in arguments.batch:
+                found += cases(device, scale, format, arguments.shape, m)
                 result.write("stages", found, arguments.results)
 
 

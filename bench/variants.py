@@ -5,22 +5,16 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import result
-from bench.stages import put, weighed
-from bench.tune import random_weight
+from bench.stages import arguments_of, calls_of, put, weighed
 from llmkern.evaluate.energy import Scale, scale_of
-from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import build as builds
-from llmkern.kernels import launch
 from llmkern.kernels.build import Build
-from llmkern.kernels.registry import choose
 from llmkern.record.device.choose import choose_device
 from llmkern.record.device.interface import Device
 
@@ -150,49 +144,37 @@ def build_of(plain: Build, variant: Variant) -> Larger:
 def cases(device: Device, scale: Scale, format: str, shape: tuple[int, int], m: int) -> list[dict[str, Any]]:
     """Return a case per variant of *format*'s packed kernel; raises SystemExit where one computes something else."""
     n, k = shape
-    weight: Any = random_weight(format, n, k)
-    weight = weight.to_packed()
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-    copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]
-    structs = [copy.struct() for copy in copies]
-    plain = choose(weight, m, x.device).build(weight, x.dtype, True)
+    calls = calls_of(format, shape, m)
     found, right = [], None
     for name, variant in VARIANTS.items():
         if format not in variant.formats:
             continue
-        build = build_of(plain, variant)
+        build = build_of(calls.plain, variant)
         put(build, written(format, variant))
-        turns = Turns(lambda index, build=build: launch.launch(build, structs[index], x, None, y), len(copies))  # type: ignore[misc]
-        y.zero_()
+        turns = calls.of(build)
+        calls.y.zero_()
         turns.in_turn()
         torch.cuda.synchronize()
         if right is None:
-            right = y.clone()
-        elif not torch.equal(y, right):
+            right = calls.y.clone()
+        elif not torch.equal(calls.y, right):
             raise SystemExit(f"{format}, {name}: another result than the kernel as it is.")
-        metrics = weighed(device, scale, turns, weight.stored_bytes, f"{format} {n}x{k} M={m} {name}")
+        metrics = weighed(device, scale, turns, calls.stored_bytes, f"{format} {n}x{k} M={m} {name}")
         parameters = {"format": format, "n": n, "k": k, "m": m, "variant": name}
         found.append(result.case(f"{format} {n}x{k}, M={m}: {name}", parameters, metrics, None))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="37888x3584")
-    parser.add_argument("--batch", default="1")
-    parser.add_argument("--formats", default="nf4,int8,int4")
-    parser.add_argument("--results", type=Path, default=None, help="folder of the result file")
-    arguments = parser.parse_args()
-    n, k = map(int, arguments.shape.split("x"))
+    arguments = arguments_of(__doc__, "nf4,int8,int4")
     device = choose_device("auto")
     found: list[dict[str, Any]] = []
     with scale_of(device) as scale:
         if scale is None:
             raise SystemExit("this GPU has no energy counter: there is nothing to weigh the variants with.")
-        for format in arguments.formats.split(","):
-            for m in map(int, arguments.batch.split(",")):
-                found += cases(device, scale, format, (n, k), m)
+        for format in arguments.formats:
+            for m in arguments.batch:
+                found += cases(device, scale, format, arguments.shape, m)
                 result.write("variants", found, arguments.results)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -110,4 +110,4 @@ def _kind(kind: str, recorded: pd.DataFrame, longest: tuple[tuple[str, float], .
     mean = float(joules.mean())
     whole = Estimate.of(mean, None if spread.draws is None else spread.draws + (mean - spread.value), spread.samples)
     gaps = found.floor_w.scaled(outside_s).within(whole)
-    return IterationKind(**{**plain.__dict__, "weighed_s": float(spans_s.mean()), "joules": whole, "gaps_j": gaps})
+    return replace(plain, weighed_s=float(spans_s.mean()), joules=whole, gaps_j=gaps)

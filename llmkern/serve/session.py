@@ -152,8 +152,9 @@ def record_some(rig: Rig, work: Arriving, count: int) -> None:
         else:
             recorder.start(host_calls=False)
         # The first launches under a new recorder are slow: run and forget them.
+        answered = work.server.answered
         work.server.send(first, work.prompts[0], 2)
-        wait_for(work.server, work.server.answered + 1, _WARMUP_S, signals.check)
+        wait_for(work.server, answered + 1, _WARMUP_S, signals.check)
         work.server.settle()
         rig.device.synchronize()
         recorder.discard()

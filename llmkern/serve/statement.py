@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ def _beside(one: Arrivals, base: Estimate) -> Arrivals:
     if one.request_j is None or one.pattern == SEQUENTIAL:
         return one
     ratio = one.request_j.of_another_run().with_(base, np.divide)
-    return Arrivals(**{**one.__dict__, "saved": ratio.map(lambda share: 1 - share)})
+    return replace(one, saved=ratio.map(lambda share: 1 - share))
 
 
 def read(folder: Path) -> Arrivals:
