@@ -16,6 +16,13 @@ from llmkern.record.passes import effect, timeline, weigh
 from llmkern.runfolder import RunFolder
 
 
+def traced(folder: Path, **asked: Any) -> RunFolder:
+    """Record a small run of what is *asked* and return it."""
+    small: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 4, "warmup": 1}
+    session.trace(TraceOptions("qwen-tiny", device="cpu", out=folder / "run", **small | asked), Stages(quiet=True))
+    return RunFolder(folder / "run")
+
+
 @pytest.mark.parametrize(
     ("asked", "slow", "generations", "pairs"), [(None, True, 1, 3), (None, False, 2, 6), (3, True, 3, 3)]
 )
@@ -25,18 +32,7 @@ def test_a_slow_model_runs_less_often_unless_more_was_asked_for(
     monkeypatch.setattr(weigh, "SHORTEST_WINDOW_S", -weigh.TICK_S)
     for module in (effect, timeline, weigh):
         monkeypatch.setattr(module, "LONG_S", 0.0 if slow else 1e6)
-    options = TraceOptions(
-        "qwen-tiny",
-        device="cpu",
-        prompt_tokens=8,
-        new_tokens=4,
-        warmup=1,
-        repeats=asked,
-        trace_repeats=asked,
-        out=tmp_path / "run",
-    )
-    session.trace(options, Stages(quiet=True))
-    run = RunFolder(tmp_path / "run")
+    run = traced(tmp_path, repeats=asked, trace_repeats=asked)
     assert run.facts.plan is not None
     assert sum(run.facts.plan.generate_repeats) == (asked or (6 if slow else 10))
     ranges = run.table("ranges")
@@ -67,39 +63,17 @@ def test_no_weighed_generation_is_the_first_of_its_length(
     monkeypatch.setattr(Generation, "__call__", noted)
     monkeypatch.setattr(weigh, "SHORTEST_WINDOW_S", -weigh.TICK_S)
     monkeypatch.setattr(session, "weigh", weighed)
-    options = TraceOptions(
-        "qwen-tiny",
-        device="cpu",
-        prompt_tokens=8,
-        new_tokens=20,
-        warmup=warmup,
-        repeats=1,
-        annotate_only=True,
-        out=tmp_path / "run",
-    )
-    session.trace(options, Stages(quiet=True))
+    run = traced(tmp_path, new_tokens=20, warmup=warmup, repeats=1, weigh_only=True)
     assert weighing
     assert met >= {1, 20}
     assert not late
-    plan = RunFolder(tmp_path / "run").facts.plan
+    plan = run.facts.plan
     assert plan is not None
     assert (plan.first_generate_s is None) == (warmup == 1)
 
 
 def test_a_run_that_only_weighs_does_nothing_else(tmp_path: Path) -> None:
-    options = TraceOptions(
-        "qwen-tiny",
-        device="cpu",
-        prompt_tokens=8,
-        new_tokens=4,
-        warmup=1,
-        repeats=2,
-        weigh_only=True,
-        unweighed_window_s=0.05,
-        out=tmp_path / "run",
-    )
-    session.trace(options, Stages(quiet=True))
-    run = RunFolder(tmp_path / "run")
+    run = traced(tmp_path, repeats=2, weigh_only=True, unweighed_window_s=0.05)
     assert set(run.facts.pass_s) == {"warmup", "weigh"}
     assert not run.has("kernels")
     assert attribute(run).weighed is not None
