@@ -88,7 +88,7 @@ def _kind(kind: str, recorded: pd.DataFrame, longest: tuple[tuple[str, float], .
         len(recorded),
         float(recorded["batch"].mean()),
         float(recorded["launches"].mean()),
-        from_samples(recorded["span_s"].to_list()),
+        _mean(recorded["span_s"]),
         busy_s,
         longest,
     )
@@ -105,9 +105,12 @@ def _kind(kind: str, recorded: pd.DataFrame, longest: tuple[tuple[str, float], .
         return plain
     spans_s = (weighed["end_ns"] - weighed["start_ns"]) / 1e9
     outside_s = max(0.0, float(spans_s.mean()) - busy_s)
-    # The sum of all is the counter's, so that it is the mean that is known; medians of parts add up to nothing.
-    spread = from_samples(joules.to_list())
-    mean = float(joules.mean())
-    whole = Estimate.of(mean, None if spread.draws is None else spread.draws + (mean - spread.value), spread.samples)
+    whole = _mean(joules)
     gaps = found.floor_w.scaled(outside_s).within(whole)
     return replace(plain, weighed_s=float(spans_s.mean()), joules=whole, gaps_j=gaps)
+
+
+def _mean(values: pd.Series) -> Estimate:
+    """Return the mean with the interval of the median around it: parts add up to a whole in the mean only."""
+    spread, mean = from_samples(values.to_list()), float(values.mean())
+    return Estimate.of(mean, None if spread.draws is None else spread.draws + (mean - spread.value), spread.samples)

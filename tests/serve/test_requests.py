@@ -246,3 +246,13 @@ def test_recorded_iterations_of_another_batch_say_nothing_of_joules(tmp_path: Pa
     assert decode.joules is None
     plain = made(tmp_path / "plain", steps, 2)
     assert iteration_kinds(plain, served(plain)) == []
+
+
+def test_one_slow_iteration_does_not_make_kernels_longer_than_iterations(tmp_path: Path) -> None:
+    """The span was a median and the kernels' time a mean: one slow iteration of seven made them 108 % of it."""
+    steps: list[tuple[float, Step]] = [(1.0, (0.5, {0: (0, 1)}))]
+    quick: Recorded = (0.01, False, 1, [(0.0, 0.009)])
+    slow: Recorded = (0.1, False, 1, [(0.0, 0.09)])
+    run = made(tmp_path / "run", steps, 1, recorded=[*[quick] * 6, slow])
+    (decode,) = iteration_kinds(run, served(run))
+    assert decode.busy_s / decode.span_s.value == pytest.approx(0.9)
