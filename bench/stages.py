@@ -117,7 +117,7 @@ def calls_of(format: str, shape: tuple[int, int], m: int) -> Calls:
     """Return calls of *format*'s packed kernel for random weights [n, k] and *m* tokens."""
     n, k = shape
     weight: Any = random_weight(format, n, k)
-    weight = weight.to_packed()
+    weight = weight.to_packed() if weight.can_pack() else weight
     x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     y = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
     copies = [weight.moved(torch.clone) for _ in range(copies_for(weight.stored_bytes, 50 * 2**20))]

@@ -23,7 +23,7 @@ from bench.result import _commit, gpu_name, slug
 from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import registry
 from llmkern.kernels.build import CHUNK, Build, compiled
-from llmkern.kernels.formats import NF4_VALUES, Int4Weight, Int8Weight, Nf4Weight, Weight
+from llmkern.kernels.formats import NF4_VALUES, Bf16Weight, Int4Weight, Int8Weight, Nf4Weight, Weight
 from llmkern.kernels.launch import launch
 
 SHAPES = (
@@ -88,8 +88,11 @@ def random_weight(format: str, n: int, k: int) -> Weight:
     scale = torch.rand(n, device="cuda") + 0.5
     if format == "int8":
         return Int8Weight.of(torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda"), scale)
+    if format == "bf16":
+        return Bf16Weight.of(torch.randn(n, k, dtype=torch.bfloat16, device="cuda"))
     codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, device="cuda")
-    scales = torch.rand(n, k // 64, device="cuda") + 0.5
+    # As of a model that was loaded in bf16.
+    scales = (torch.rand(n, k // 64, device="cuda") + 0.5).to(torch.bfloat16).float()
     if format == "int4":
         return Int4Weight.of(codes, scales.to(torch.bfloat16), 64)
     return Nf4Weight(n, k, False, codes.view(-1), torch.tensor(NF4_VALUES, device="cuda"), scales.view(-1), 64)

@@ -26,9 +26,9 @@ class Build:
     that *blocks* of them fit a multiprocessor. With *persistent* there are no more blocks than fit, and each goes on to
     further rows. With *evict_first* weights leave L2 before all else; with
     *pdl* they are asked for before the preceding kernel of the stream has ended, which must therefore not have
-    written them. *packed* weights are tiles (pack.py); a group has 2^*shift* weights; *tail* says that K is no
-    multiple of a chunk. With *pairs* the first eight of every 16 rows are gates of the others, and y has half as many;
-    with *residual* something of y's shape is added to it.
+    written them. *packed* weights are tiles (pack.py), those of NF4 with *scales* in fp32 (0), bf16 (1) or fp16 (2);
+    a group has 2^*shift* weights; *tail* says that K is no multiple of a chunk. With *pairs* the first eight of every
+    16 rows are gates of the others, and y has half as many; with *residual* something of y's shape is added to it.
     """
 
     format: str
@@ -46,6 +46,7 @@ class Build:
     pdl: bool = False
     packed: bool = False
     nested: bool = False
+    scales: int = 0
     tail: bool = False
     shift: int = 6
     pairs: bool = False
@@ -66,9 +67,14 @@ class Build:
         return self.wn * self.wk
 
     @property
+    def wide(self) -> bool:
+        """Whether NF4's table takes 64 KB instead of 32 KB: for few tokens, where instructions cost more than room."""
+        return self.format == "nf4" and self.nt == 1
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block, as ``linear.cuh`` lays it out."""
-        table = 256 * 32 * 4 + 256 * 4 * self.nested if self.format == "nf4" else 0
+        table = 256 * (64 if self.wide else 32) * 4 + 256 * 4 * self.nested if self.format == "nf4" else 0
         sums = self.warps * 16 * (self.tokens + 1) * 4
         of_block = self.rows * self.tokens * 4 if self.splits > 1 else 0
         return table + sums + of_block
@@ -89,6 +95,8 @@ class Build:
             "PDL": int(self.pdl),
             "PACKED": int(self.packed),
             "NESTED": int(self.nested),
+            "SCALES": self.scales,
+            "WIDE": int(self.wide),
             "TAIL": int(self.tail),
             "SHIFT": self.shift,
             "PAIRS": int(self.pairs),

@@ -23,14 +23,24 @@ INLINE void let_successor_start() {
 #endif
 }
 
+INLINE float fp16_to_float(u16 bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+
 INLINE float to_float(u16 bits) {
 #if T_BF16
   return __uint_as_float(u32(bits) << 16);
 #else
-  float f;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
-  return f;
+  return fp16_to_float(bits);
 #endif
+}
+
+// The lower or upper half of a word, bf16 or fp16.
+INLINE float half_of(u32 word, int upper, bool bf16) {
+  if (bf16) return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+  return fp16_to_float(u16(upper ? word >> 16 : word));
 }
 
 INLINE u16 from_float(float f) {

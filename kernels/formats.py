@@ -163,7 +163,16 @@ class Int8Weight(Weight):
     def with_rows(self, rows: dict[str, torch.Tensor]) -> Int8Weight:
         return Int8Weight.of(rows["codes"], rows["scales"])
 
+    def can_pack(self) -> bool:
+        """Whether this weight divides into tiles and has no -128, which has no magnitude of seven bits.
+
+        bitsandbytes makes none. Waits for the device.
+        """
+        return super().can_pack() and int(self.codes.min()) > -128
+
     def to_packed(self) -> Int8Weight:
+        if super().can_pack() and not self.can_pack():
+            raise ValueError("int8 codes of -128 have no magnitude of seven bits and cannot be packed: use them as is.")
         self._check_pack()
         return replace(self, codes=pack.packed_int8(self.codes), packed=True)
 
@@ -235,8 +244,9 @@ class Int4Weight(Weight):
 class Nf4Weight(Weight):
     """NF4 as bitsandbytes stores it: W = code[nibble] * absmax[block], the matrix flat in blocks of *blocksize*.
 
-    codes uint8 [N * K / 2], even k in the high nibble; code fp32 [16]; absmax fp32 [N * K / blocksize]. With double
-    quantization *nested_bytes* uint8 is one per block and absmax = nested_table[byte] * absmax[block / 256] +
+    codes uint8 [N * K / 2], even k in the high nibble; code fp32 [16]; absmax fp32 [N * K / blocksize], packed in 16
+    bits where these say the same (each is the largest of weights that had 16 bits before they were quantized). With
+    double quantization *nested_bytes* uint8 is one per block and absmax = nested_table[byte] * absmax[block / 256] +
     nested_offset, where absmax has one value for 256 blocks.
     """
 
@@ -308,7 +318,7 @@ class Nf4Weight(Weight):
     def to_packed(self) -> Nf4Weight:
         self._check_pack()
         codes = pack.packed_codes(self.codes.view(-1), self.n, self.k, interleave=False)
-        scales = pack.packed_scales(self.block_scales(), self.n, self.k)
+        scales = pack.packed_scales(pack.shortest(self.block_scales()), self.n, self.k)
         nothing: dict[str, Any] = dict.fromkeys(("nested_bytes", "nested_table", "nested_offset"))
         return replace(self, codes=codes, absmax=scales, packed=True, **nothing)
 
@@ -317,7 +327,9 @@ class Nf4Weight(Weight):
         return _Nf4(*map(_pointer, tensors))
 
     def facts(self) -> dict[str, Any]:
-        return {"packed": self.packed, "shift": int(math.log2(self.blocksize)), "nested": self.nested}
+        scales = pack.SCALES.index(self.absmax.dtype) if self.packed else 0
+        shift = int(math.log2(self.blocksize))
+        return {"packed": self.packed, "shift": shift, "nested": self.nested, "scales": scales}
 
 
 @dataclass(frozen=True)
@@ -367,7 +379,7 @@ def unpacked(weight: Any) -> Any:
         scales = pack.unpacked_scales(weight.scales, n, k, group)
         return replace(weight, codes=codes, scales=scales, packed=False)
     scales = pack.unpacked_scales(weight.absmax, n, k, group)
-    return replace(weight, codes=codes.reshape(-1), absmax=scales.reshape(-1), packed=False)
+    return replace(weight, codes=codes.reshape(-1), absmax=scales.reshape(-1).float(), packed=False)
 
 
 def quantize(format: str, weight: torch.Tensor, group: int = 64, dtype: torch.dtype = torch.bfloat16) -> Weight:

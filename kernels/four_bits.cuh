@@ -1,16 +1,17 @@
 // What int4 and NF4 share: a thread's 16 bytes hold 32 codes of a row, four threads 128, two groups of 64.
-// A format gives before: struct Weights with codes, typedef Scale, kScalesOfChunk.
+// A format gives before: struct Weights with codes, struct ScaleCursor, kOfRow; typedef Scale, or packed struct Scales.
 
 #define CHUNK 128
 
 namespace {
 
 // The scales that a thread loads of 16 rows and 128 k. Stored in rows: one, of row (lane / 4) + 8 * (lane & 1) and
-// group (lane & 3) / 2, for its neighbours too. Packed: all four that it needs, [row half][group].
+// group (lane & 3) / 2, for its neighbours too. Packed: all four that it needs, [row half][group], as they are stored:
+// converted where they are loaded they would have to be waited for there.
 #if PACKED
 struct Piece {
   Words rows[2];
-  Scale scales[4];
+  Scales scales;
 };
 #else
 struct Piece {
@@ -103,7 +104,7 @@ INLINE void multiply_groups(float (&acc)[NT][4], const Piece& piece, int group, 
     }
   }
 #if PACKED
-  const float first = value(piece.scales[group]), second = value(piece.scales[2 + group]);
+  const float first = piece.scales.at(group), second = piece.scales.at(2 + group);
 #else
   const float mine = value(piece.scale);
   const float first = __shfl_sync(0xffffffffu, mine, (lane & 28) + 2 * group);

@@ -17,6 +17,7 @@
 //   multiply()       the MMAs of one piece and one of its parts of 64 k
 //   scale_of_row()   what the sum is multiplied by in the end
 //   at()             one weight as float, for the path that assumes nothing about N and K
+//   ZERO_COLUMNS, UNIFORM_WARP   1 where that took fewer joules: for up to 8 tokens (bench/variants.py)
 // Macros of the build: T_BF16 (0: fp16), MT (16 rows each), NT (8 tokens each), WN, WK, DEPTH (chunks in flight per
 // warp), AHEAD (parts of x in registers, 1 or 2), SPLITS, BLOCKS (per multiprocessor, at least), EVICT_FIRST (1:
 // weights leave L2 first), PDL (1: weights are read before the preceding kernel has ended), PACKED (1: tiles of 16
@@ -99,12 +100,15 @@ INLINE void put(Activations& a, int n, int half, Words w) {
   for (int i = 0; i < 4; ++i) a.v[n][4 * half + i] = w.v[i];
 }
 
-// x straight from L1. Tokens beyond the last are the last: what comes of them is not stored.
+// x straight from L1. What comes of columns beyond the last token is not stored. With ZERO_COLUMNS they are zero, which
+// switches no transistors in the MMAs; without they are the last token once more, which takes no predicate.
 struct Direct {
   const u16* rows[NT];
-  int left;  // k before the end of x, from where the rows point
+  int left;    // k before the end of x, from where the rows point
+  int tokens;  // from the lane's first
 
-  INLINE Direct(const u16* x, int token0, int k, int M, int K, int lane) : left(K - k) {
+  INLINE Direct(const u16* x, int token0, int k, int M, int K, int lane)
+      : left(K - k), tokens(M - token0 - lane / 4) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) rows[n] = x + u64(min(token0 + 8 * n + lane / 4, M - 1)) * K + k + k_of_lane(lane & 3);
   }
@@ -115,9 +119,15 @@ struct Direct {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int offset = ahead * kStride * CHUNK + 64 * part + 8 * half;
-        Words w = {{0, 0, 0, 0}};
-        if (!TAIL || offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
-        put(a, n, half, w);
+        const bool there = !ZERO_COLUMNS || 8 * n < tokens;
+        if (!TAIL) {
+          // What was zero stays so.
+          if (there) put(a, n, half, load_x(rows[n] + offset));
+        } else {
+          Words w = {{0, 0, 0, 0}};
+          if (there && offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
+          put(a, n, half, w);
+        }
       }
     }
   }
@@ -181,7 +191,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   float (*const block_sums)[kTokens] = reinterpret_cast<float (*)[kTokens]>(behind + kSumBytes);
 
   const Results results = {weights, bias, residual, y, N};
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  // That all lanes of a warp have the same number the compiler cannot know: UNIFORM_WARP lets addresses stay in the
+  // registers of the warp.
+  const int warp = UNIFORM_WARP ? __shfl_sync(0xffffffffu, int(threadIdx.x >> 5), 0) : int(threadIdx.x >> 5);
   const int wn = warp % WN, wk = warp / WN;
   const int token0 = blockIdx.z * kTokens;
   const int tiles = (N + kRows - 1) / kRows;
@@ -213,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, BLOCKS)
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int row0 = min(tile * kRows, N - kRows);
     float acc[MT][NT][4] = {};
-    Activations ahead[kAhead];
+    Activations ahead[kAhead] = {};
     Direct direct(x, token0, first * CHUNK, M, K, lane);
     if (kAhead == 2 && count > 0) direct.load(ahead[0], 0, 0, t);
     for (int i = 0; i < count; i += DEPTH) {

@@ -1,12 +1,28 @@
 """Optional repacking: a warp's loads of 16 rows and one chunk side by side, so that a kilobyte is read in one piece.
 
-The bytes stay as many. Rows are cut into tiles of 16, and K into chunks of 64 (int8) or 128 (four bits); lane 4 g +
-t of a warp finds its 16 bytes of row g, then those of row g + 8.
+The codes take as many bytes as before. Rows are cut into tiles of 16, and K into chunks of 64 (int8) or 128 (four
+bits); lane 4 g + t of a warp finds its 16 bytes of row g, then those of row g + 8.
 """
 
 from __future__ import annotations
 
 import torch
+
+# Whose magnitude and whose sign the bytes of a word of four int8 codes hold.
+_MAGNITUDES, _SIGNS = (0, 3, 1, 2), (2, 0, 3, 1)
+_SIGN = -128
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(i) for i in range(len(order)))
+
+
+def _crossed(
+    magnitudes: torch.Tensor, signs: torch.Tensor, of_magnitudes: tuple[int, ...], of_signs: tuple[int, ...]
+) -> torch.Tensor:
+    """Return words of four bytes whose magnitudes and signs are taken in the orders given."""
+    words = magnitudes.view(-1, 4)[:, of_magnitudes] | signs.view(-1, 4)[:, of_signs]
+    return words.view(magnitudes.shape)
 
 
 def can_pack(format: str, n: int, k: int) -> bool:
@@ -15,9 +31,14 @@ def can_pack(format: str, n: int, k: int) -> bool:
 
 
 def packed_int8(codes: torch.Tensor) -> torch.Tensor:
-    """Return int8 codes [N, K] as tiles [N / 16, K / 64, 2 halves, 8 rows, 4 lanes, 16]."""
+    """Return int8 codes [N, K], none of them -128, as tiles [N / 16, K / 64, 2 halves, 8 rows, 4 lanes, 16].
+
+    The four codes of a word are signs s and magnitudes m (7 bits), placed so that (word & 0x807f807f) has code 0 in its
+    lower and 1 in its upper half, sign first, and the word turned by a byte 2 and 3: s2 m0, s0 m3, s3 m1, s1 m2.
+    """
     n, k = codes.shape
-    return codes.view(n // 16, 2, 8, k // 64, 4, 16).permute(0, 3, 1, 2, 4, 5).contiguous()
+    tiles = codes.view(n // 16, 2, 8, k // 64, 4, 16).permute(0, 3, 1, 2, 4, 5).contiguous()
+    return _crossed(tiles.abs(), tiles & _SIGN, _MAGNITUDES, _SIGNS)
 
 
 def packed_codes(codes: torch.Tensor, n: int, k: int, interleave: bool) -> torch.Tensor:
@@ -47,7 +68,10 @@ def packed_scales(scales: torch.Tensor, n: int, k: int) -> torch.Tensor:
 
 def unpacked_int8(tiles: torch.Tensor, n: int, k: int) -> torch.Tensor:
     """Return what packed_int8 made its tiles of, [N, K]."""
-    return tiles.view(n // 16, k // 64, 2, 8, 4, 16).permute(0, 2, 3, 1, 4, 5).reshape(n, k)
+    plain = _crossed(tiles & 127, tiles & _SIGN, _inverse(_MAGNITUDES), _inverse(_SIGNS))
+    # A magnitude beside its own sign: -m where that is set. (0 has none.)
+    signed = torch.where(plain < 0, -(plain & 127), plain)
+    return signed.view(n // 16, k // 64, 2, 8, 4, 16).permute(0, 2, 3, 1, 4, 5).reshape(n, k)
 
 
 def unpacked_codes(tiles: torch.Tensor, n: int, k: int, interleaved: bool) -> torch.Tensor:
@@ -65,3 +89,16 @@ def unpacked_scales(packed: torch.Tensor, n: int, k: int, group: int) -> torch.T
     """Return what packed_scales was given, [N, K / group]."""
     by_64 = packed.view(n // 16, k // 128, 8, 2, 2).permute(0, 3, 2, 1, 4).reshape(n, k // 64)
     return by_64[:, :: group // 64].contiguous()
+
+
+# What the scales of packed NF4 are stored in, by their number in a build.
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def shortest(scales: torch.Tensor) -> torch.Tensor:
+    """Return fp32 *scales* in 16 bits where these say the same, else as they are. Waits for the device."""
+    for dtype in SCALES[1:]:
+        short = scales.to(dtype)
+        if torch.equal(short.float(), scales):
+            return short
+    return scales

@@ -52,7 +52,7 @@ from llmkern.runfolder.schema import TABLES
 from llmkern.workload.engine import attention, use_graph
 from llmkern.workload.fused import FusedModel
 from llmkern.workload.fused import check as check_fused
-from llmkern.workload.load import LoadedModel, Source, choose_source, load_model, load_tokenizer
+from llmkern.workload.load import LoadedModel, Source, choose_source, load_model, load_tokenizer, stored_bytes
 from llmkern.workload.models import ModelSpec, Shape, build_config, find_model, shape_of
 from llmkern.workload.precision import (
     DTYPES,
@@ -275,7 +275,8 @@ def assemble(job: Job, writer: RunWriter, stages: Stages) -> Rig:
         batch, tokens = job.prompts.input_ids.shape
         with stages.stage("Fusing", loaded.config.num_hidden_layers) as advance:
             model = FusedModel(loaded.model, tokens + options.new_tokens, batch, lambda _: advance())
-        loaded = replace(loaded, model=model)
+        # Packed scales may take fewer bytes than those that were loaded.
+        loaded = replace(loaded, model=model, weight_bytes=stored_bytes(model))
     writer.note(model=_model_facts(job.spec, loaded))
     ids, mask = (t.to(device.torch_device) for t in (job.prompts.input_ids, job.prompts.attention_mask))
     inputs = {"input_ids": ids, "attention_mask": mask}

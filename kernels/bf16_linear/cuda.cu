@@ -3,6 +3,9 @@
 #define CHUNK 64
 #define TABLE_BYTES 0
 
+#define ZERO_COLUMNS 0
+#define UNIFORM_WARP 0
+
 namespace {
 
 struct Weights {

@@ -2,6 +2,9 @@
 
 #define TABLE_BYTES 0
 
+#define ZERO_COLUMNS (NT == 1)
+#define UNIFORM_WARP (NT == 1)
+
 namespace {
 
 struct Weights {
@@ -11,18 +14,20 @@ struct Weights {
 
 typedef u16 Scale;
 
+#if PACKED
+struct Scales {
+  uint2 v;
+
+  INLINE float at(int i) const { return half_of(i < 2 ? v.x : v.y, i % 2, T_BF16); }
+};
+#endif
+
 struct ScaleCursor {
 #if PACKED
   const u16* p;
 
   INLINE void start(const Weights& w, u64 index) { p = w.scales + index; }
-  INLINE void load(Scale (&scales)[4], int ahead) const {
-    const uint2 v = __ldg(reinterpret_cast<const uint2*>(p + ahead));
-    scales[0] = u16(v.x);
-    scales[1] = u16(v.x >> 16);
-    scales[2] = u16(v.y);
-    scales[3] = u16(v.y >> 16);
-  }
+  INLINE void load(Scales& scales, int ahead) const { scales.v = __ldg(reinterpret_cast<const uint2*>(p + ahead)); }
   INLINE void advance(int by) { p += by; }
 #elif SHIFT <= 7
   // Every chunk begins with a group.

@@ -1,12 +1,15 @@
-// LLM.int8 rows as bitsandbytes stores them: W[n, k] = CB[n, k] * SCB[n] / 127.
+// LLM.int8 rows as bitsandbytes stores them: W[n, k] = CB[n, k] * SCB[n] / 127. Packed: signs and magnitudes.
 
 #define CHUNK 64
 #define TABLE_BYTES 0
 
+#define ZERO_COLUMNS (NT == 1)
+#define UNIFORM_WARP 0
+
 namespace {
 
 struct Weights {
-  const s8* codes;      // [N, K], packed: [N / 16, K / 64, 2, 32 lanes, 16]
+  const s8* codes;      // [N, K], packed: [N / 16, K / 64, 2, 32 lanes, 16], see pack.py
   const float* scales;  // [N], the largest magnitude of each row
 };
 
@@ -50,11 +53,22 @@ INLINE int k_of_lane(int t) {
   return 16 * t;
 }
 
-INLINE void order_activations(Words&) {}
+// What the MMAs are given of a packed weight w is w / 2^133 in bf16, w / 2^24 in fp16. With x 2^64 times as large, sums
+// of bf16 stay far from the smallest floats (and x may be as large as 2^63).
+INLINE void order_activations(Words& w) {
+#if PACKED && T_BF16
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w.v[i] = fma2(w.v[i], 0x5f805f80u, 0x80008000u);
+#endif
+}
 
 // Four signed bytes to two pairs, exactly.
 INLINE void convert(u32 q, u32& first, u32& second) {
-#if T_BF16
+#if PACKED
+  // A sign and seven bits at the low end are a denormal number in either type, and MMAs take those as they are.
+  first = q & 0x807f807fu;
+  second = __byte_perm(q, q, 0x2103) & 0x807f807fu;
+#elif T_BF16
   // Byte b under the exponent of 128 reads 128 + (b & 127); its sign bit alone reads 128 or 256. The difference is b.
   const u32 low = __byte_perm(q, 0x43434343u, 0x4140), high = __byte_perm(q, 0x43434343u, 0x4342);
   first = fma2(low & 0xff80ff80u, 0xbf80bf80u, low & 0xff7fff7fu);
@@ -80,7 +94,8 @@ INLINE void multiply(const Weights&, const u32*, float (&acc)[NT][4], const Piec
 }
 
 INLINE float scale_of_row(const Weights& w, int n) {
-  return w.scales[n] * (1.0f / 127.0f);
+  constexpr float kUnit = PACKED ? (T_BF16 ? 0x1p69f : 0x1p24f) : 1.0f;
+  return w.scales[n] * (kUnit / 127.0f);
 }
 
 INLINE float at(const Weights& w, int n, int k, int K) {

@@ -1,20 +1,29 @@
 // NF4 (or any other 16 values) as bitsandbytes stores it: the matrix flat in blocks of 2^SHIFT, even k in the high
 // nibble; W = code[nibble] * absmax[block]. NESTED: absmax[block] = table[bytes[block]] * absmax[block / 256] + offset.
 
-// Two values for each byte of codes, once per lane: 32 lanes look up 64 weights without meeting in a bank. Then the
-// 256 values of the nested scales.
-#define TABLE_BYTES (256 * 32 * 4 + 256 * 4 * NESTED)
+// Two values for each byte of codes, once per lane: 32 lanes look up 64 weights without meeting in a bank. WIDE: a
+// byte's values begin 256 bytes from the last one's, not 128, so that one permutation of bytes makes their address.
+// Then the 256 values of the nested scales.
+#define ROW_WORDS (WIDE ? 64 : 32)
+#define TABLE_BYTES (256 * ROW_WORDS * 4 + 256 * 4 * NESTED)
+
+#define ZERO_COLUMNS (NT == 1)
+#define UNIFORM_WARP (NT == 1)
 
 namespace {
 
 struct Weights {
   const u8* codes;      // [N * K / 2], packed: [N / 16, K / 128, 2, 32 lanes, 16]
   const float* code;    // [16]
-  const float* absmax;  // [N * K / 2^SHIFT], packed: [N / 16, K / 128, 8, 2, 2]; nested: one for 256 blocks
+  const void* absmax;   // fp32 [N * K / 2^SHIFT]; nested: one for 256 blocks; packed: [N / 16, K / 128, 8, 2, 2], SCALES
   const u8* bytes;      // nested: [N * K / 2^SHIFT]
   const float* table;   // nested: [256]
   const float* offset;  // nested: one value; on the device, so that nobody waits for it
 };
+
+INLINE float absmax_at(const Weights& w, u64 index) {
+  return __ldg(static_cast<const float*>(w.absmax) + index);
+}
 
 #if NESTED
 struct Scale {
@@ -27,30 +36,45 @@ typedef float Scale;
 
 INLINE Scale scale_at(const Weights& w, u64 block) {
 #if NESTED
-  return Scale{__ldg(w.absmax + (block >> 8)), __ldg(w.bytes + block)};
+  return Scale{absmax_at(w, block >> 8), __ldg(w.bytes + block)};
 #else
-  return __ldg(w.absmax + block);
+  return absmax_at(w, block);
 #endif
 }
 
+#if PACKED
+// Four scales: fp32, or where these say the same bf16 (SCALES 1) or fp16 (2).
+#if SCALES
+typedef uint2 FourScales;
+#else
+typedef float4 FourScales;
+#endif
+
+struct Scales {
+  FourScales v;
+
+  INLINE float at(int i) const {
+#if SCALES
+    return half_of(i < 2 ? v.x : v.y, i % 2, SCALES == 1);
+#else
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+#endif
+  }
+};
+#endif
+
 struct ScaleCursor {
 #if PACKED
-  const float4* p;
+  const FourScales* p;
 
-  INLINE void start(const Weights& w, u64 index) { p = reinterpret_cast<const float4*>(w.absmax + index); }
-  INLINE void load(Scale (&scales)[4], int ahead) const {
-    const float4 v = __ldg(p + ahead / 4);
-    scales[0] = v.x;
-    scales[1] = v.y;
-    scales[2] = v.z;
-    scales[3] = v.w;
-  }
+  INLINE void start(const Weights& w, u64 index) { p = static_cast<const FourScales*>(w.absmax) + index / 4; }
+  INLINE void load(Scales& scales, int ahead) const { scales.v = __ldg(p + ahead / 4); }
   INLINE void advance(int by) { p += by / 4; }
 #elif SHIFT <= 7 && !NESTED
   // Every chunk begins with a block.
   const float* p;
 
-  INLINE void start(const Weights& w, u64 index) { p = w.absmax + (index >> SHIFT); }
+  INLINE void start(const Weights& w, u64 index) { p = static_cast<const float*>(w.absmax) + (index >> SHIFT); }
   INLINE void load(Scale& scale, int ahead) const { scale = __ldg(p + (ahead >> SHIFT)); }
   INLINE void advance(int by) { p += by >> SHIFT; }
 #else
@@ -76,7 +100,7 @@ constexpr float kUp = 1.437f, kOfRow = 1.0f / kUp;
 
 namespace {
 
-constexpr int kNested = 256 * 32;
+constexpr int kNested = 256 * ROW_WORDS;
 
 INLINE void prepare(const Weights& w, u32* table) {
   for (int byte = threadIdx.x; byte < 256; byte += kThreads) {
@@ -84,7 +108,7 @@ INLINE void prepare(const Weights& w, u32* table) {
         from_float(kUp * __ldg(w.code + (byte >> 4))) | u32(from_float(kUp * __ldg(w.code + (byte & 15)))) << 16;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
-      reinterpret_cast<uint4*>(table)[8 * byte + ((i + byte) & 7)] = make_uint4(pair, pair, pair, pair);
+      reinterpret_cast<uint4*>(table)[ROW_WORDS / 4 * byte + ((i + byte) & 7)] = make_uint4(pair, pair, pair, pair);
 #if NESTED
     table[kNested + byte] = __float_as_uint(__ldg(w.table + byte));
 #endif
@@ -100,9 +124,13 @@ struct Convert {
   INLINE void operator()(u32 q, u32 (&pairs)[4]) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // 128 bytes for each byte of codes: its place is the byte times 128.
-      const u32 shifted = i == 0 ? q << 7 : q >> (8 * i - 7);
-      pairs[i] = *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + ((shifted & 0x7f80u) | lane_bytes));
+#if WIDE
+      // The place of a byte of codes is the byte times 256, that of the lane below.
+      const u32 place = __byte_perm(q, lane_bytes, 0x5504u | u32(i) << 4);
+#else
+      const u32 place = ((i == 0 ? q << 7 : q >> (8 * i - 7)) & 0x7f80u) | lane_bytes;
+#endif
+      pairs[i] = *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + place);
     }
   }
 };

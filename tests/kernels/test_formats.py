@@ -6,7 +6,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from llmkern.kernels import pack
+from llmkern.kernels import formats, pack
 from llmkern.kernels.formats import Int4Weight, Int8Weight, Nf4Weight, Weight, quantize
 
 N, K = 48, 256
@@ -34,10 +34,39 @@ def test_quantized_values_are_near_the_matrix_and_tiles_hold_the_same(index: int
 
 def test_lanes_of_a_tile_find_their_bytes_side_by_side() -> None:
     """Lane 4 g + t: 16 bytes of row g, and 512 bytes on those of row g + 8."""
-    codes = torch.arange(32 * 128, dtype=torch.int32).to(torch.int8).view(32, 128)
+    codes = torch.arange(32 * 128, dtype=torch.int32).remainder(255).sub(127).to(torch.int8).view(32, 128)
     tiles = pack.packed_int8(codes).view(2, 2, 2, 32, 16)
-    assert torch.equal(tiles[1, 1, 0, 4 * 3 + 2], codes[16 + 3, 64 + 32 : 64 + 48])
-    assert torch.equal(tiles[1, 1, 1, 4 * 3 + 2], codes[16 + 8 + 3, 64 + 32 : 64 + 48])
+    assert torch.equal(of_words(tiles[1, 1, 0, 4 * 3 + 2]), codes[16 + 3, 64 + 32 : 64 + 48].int())
+    assert torch.equal(of_words(tiles[1, 1, 1, 4 * 3 + 2]), codes[16 + 8 + 3, 64 + 32 : 64 + 48].int())
+    assert torch.equal(pack.unpacked_int8(tiles, 32, 128), codes)
+
+
+def of_words(codes: torch.Tensor) -> torch.Tensor:
+    """Return the weights of packed int8 *codes* as the kernel reads them: two of a word, then two of it turned."""
+    found = []
+    for word in codes.view(torch.uint8).view(-1, 4).tolist():
+        value = int.from_bytes(word, "little")
+        for turned in (value, (value << 8 | value >> 24) & 0xFFFFFFFF):
+            found += [(turned >> at & 127) * (-1 if turned >> at & 0x8000 else 1) for at in (0, 16)]
+    return torch.tensor(found, dtype=torch.int32)
+
+
+def test_a_code_of_minus_128_keeps_its_matrix_in_rows() -> None:
+    weight = Int8Weight.quantize(matrix())
+    weight.codes[3, 5] = -128
+    assert not weight.can_pack()
+    with pytest.raises(ValueError, match="codes of -128 have no magnitude of seven bits"):
+        weight.to_packed()
+
+
+@pytest.mark.parametrize(("dtype", "kept"), [(torch.bfloat16, 1), (torch.float16, 2), (torch.float32, 0)])
+def test_scales_of_packed_nf4_take_16_bits_where_nothing_is_lost(dtype: torch.dtype, kept: int) -> None:
+    weight = Nf4Weight.quantize(matrix().to(dtype), 64)
+    packed = weight.to_packed()
+    assert packed.facts()["scales"] == kept
+    assert packed.absmax.dtype == (torch.float32, torch.bfloat16, torch.float16)[kept]
+    assert torch.equal(packed.dequantized(), weight.dequantized())
+    assert formats.unpacked(packed).absmax.dtype == torch.float32
 
 
 def test_interleaved_nibbles_lie_sixteen_bits_apart() -> None:
