@@ -22,6 +22,7 @@ from llmkern.study.collect import MEASURES, PHASES, collect, pooled
 from llmkern.study.execute import open_study
 from llmkern.study.statement import state
 
+PASSES = ("warmup", "weigh")
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
 
@@ -47,6 +48,10 @@ def main() -> None:
         "books": {name: float(books[name].sum()) for name in books.columns if name != "run"},
         "failed": failed,
         "seconds": round(sum(sum(study.took_s.values()) for study in studies), 1),
+        # What the GPU was at it: without starting processes and loading weights.
+        "passes_s": {
+            name: round(sum(run.facts.pass_s.get(name, 0.0) for run in collection.runs), 1) for name in PASSES
+        },
         "settled": arguments.settled,
         "lengths": [_lengths(RunFolder(run.folder)) for run in collection.runs],
         "boards": len({run.facts.device.uuid for run in collection.runs}),
@@ -127,7 +132,16 @@ def table(document: dict[str, Any]) -> list[str]:
         known = [(found["metrics"].get(key), scale, digits) for key, _, scale, digits in columns]
         cells = [interval(value, scale, digits) if value else "–" for value, scale, digits in known]
         rows.append(f"| {found['name']} | {' | '.join(cells)} |")
-    return [*rows, "", *_of_lengths(document["lengths"])]
+    books, passes = document["books"], document["passes_s"]
+    several = "s" if document["boards"] > 1 else ""
+    neither = 100 * abs(books["residual_j"]) / books["counter_j"]
+    told = (
+        f"{len(document['lengths'])} runs of {max(document['rounds'])} rounds on {document['boards']} board{several}: "
+        f"{document['seconds'] / 60:.1f} minutes, of which {sum(passes.values()) / 60:.1f} warm-up and windows; the "
+        f"counter moved by {books['counter_j'] / 1e3:.1f} kJ, of which {neither:.2f}% are neither windows nor rest "
+        "between them."
+    )
+    return [*rows, "", told, "", *_of_lengths(document["lengths"])]
 
 
 def _of_lengths(lengths: list[dict[str, Any]]) -> list[str]:

@@ -43,6 +43,10 @@ _library.define(
     "next_token(Tensor logits, Tensor(a!) hidden, Tensor(b!) position, Tensor(c!) tokens, Tensor(d!) best, "
     "Tensor embedding) -> ()"
 )
+_library.define(
+    "next_token_of_shortlist(Tensor x, Tensor rough, Tensor scales, Tensor rows, Tensor(a!) hidden, "
+    "Tensor(b!) position, Tensor(c!) tokens, Tensor(d!) best, Tensor(e!) low, Tensor(f!) sums, Tensor embedding) -> ()"
+)
 
 
 def _int8(
@@ -151,6 +155,26 @@ def _next_token(
         reference.next_token(logits, hidden, position, tokens, embedding)
 
 
+def _next_token_of_shortlist(
+    x: torch.Tensor,
+    rough: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    hidden: torch.Tensor,
+    position: torch.Tensor,
+    tokens: torch.Tensor,
+    best: torch.Tensor,
+    low: torch.Tensor,
+    sums: torch.Tensor,
+    embedding: torch.Tensor,
+) -> None:
+    if _on_gpu(x):
+        state = (hidden, position, tokens, best, low, sums)
+        cuda.next_token_of_shortlist(x, rough, scales, rows, *state, embedding)
+    else:
+        reference.next_token_of_shortlist(x, rough, scales, rows, hidden, position, tokens, embedding)
+
+
 for _name, _function in (
     ("int8_linear", _int8),
     ("int4_linear", _int4),
@@ -159,6 +183,7 @@ for _name, _function in (
     ("rms_norm", _rms_norm),
     ("decode_attention", _decode_attention),
     ("next_token", _next_token),
+    ("next_token_of_shortlist", _next_token_of_shortlist),
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
@@ -196,4 +221,9 @@ def _attention_fake(qkv, keys, values, position, start, turn, scaling):  # type:
 
 @torch.library.register_fake("llmkern::next_token", lib=_library)
 def _next_token_fake(logits, hidden, position, tokens, best, embedding):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("llmkern::next_token_of_shortlist", lib=_library)
+def _next_token_of_shortlist_fake(*_arguments):  # type: ignore[no-untyped-def]
     return None

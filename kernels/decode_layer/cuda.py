@@ -14,6 +14,8 @@ from llmkern.kernels.launch import configured, driver
 _THREADS, _TILE = 256, 128
 # Blocks that read one sequence's logits.
 _READERS = 64
+# Blocks that read the rows of its shortlist: two for each multiprocessor of an H100.
+_FINDERS = 264
 _SMALL_SHARED = 48 * 1024
 
 
@@ -59,8 +61,45 @@ def next_token(
     batch, vocabulary = logits.shape
     macros, device = _macros(hidden, hidden=hidden.shape[1]), logits.device.index
     _launch(_kernel("largest", macros, device), (_READERS, batch, 1), 0, (logits, best, ctypes.c_int(vocabulary)))
-    arguments = (best, position, tokens, embedding, hidden, ctypes.c_int(tokens.shape[1]))
-    _launch(_kernel("next_token", macros, device), (batch, 1, 1), 0, arguments)
+    _go_on(hidden, position, tokens, best, None, embedding)
+
+
+def next_token_of_shortlist(
+    x: torch.Tensor,
+    rough: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    hidden: torch.Tensor,
+    position: torch.Tensor,
+    tokens: torch.Tensor,
+    best: torch.Tensor,
+    low: torch.Tensor,
+    sums: torch.Tensor,
+    embedding: torch.Tensor,
+) -> None:
+    """Choose the next token (see the reference); best int64 and low int32 [B] are zero, and are so again afterwards."""
+    batch, vocabulary = rough.shape
+    macros, device = _macros(x, hidden=x.shape[1]), x.device.index
+    size = ctypes.c_int(vocabulary)
+    bound = (x, rough, scales, sums, low, size)
+    _launch(_kernel("shortlist_bound", macros, device), (_READERS, batch, 1), 0, bound)
+    largest = (x, rough, scales, rows, sums, low, best, size)
+    _launch(_kernel("shortlist_largest", macros, device), (_FINDERS, batch, 1), 0, largest)
+    _go_on(hidden, position, tokens, best, low, embedding)
+
+
+def _go_on(
+    hidden: torch.Tensor,
+    position: torch.Tensor,
+    tokens: torch.Tensor,
+    best: torch.Tensor,
+    low: torch.Tensor | None,
+    embedding: torch.Tensor,
+) -> None:
+    kernel = _kernel("next_token", _macros(hidden, hidden=hidden.shape[1]), hidden.device.index)
+    begin_anew = ctypes.c_void_p(None) if low is None else low
+    arguments = (best, position, tokens, embedding, hidden, begin_anew, ctypes.c_int(tokens.shape[1]))
+    _launch(kernel, (len(best), 1, 1), 0, arguments)
 
 
 def splits_for(contexts: int, length: int) -> int:

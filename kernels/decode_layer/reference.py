@@ -68,3 +68,35 @@ def next_token(
     which = torch.arange(len(chosen), device=logits.device)[there]
     tokens[which, position[there].long()] = chosen[there]
     hidden.copy_(embedding[chosen])
+
+
+def next_token_of_shortlist(
+    x: torch.Tensor,
+    rough: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    hidden: torch.Tensor,
+    position: torch.Tensor,
+    tokens: torch.Tensor,
+    embedding: torch.Tensor,
+) -> None:
+    """Go on to the largest of x [B, H] · rows [V, H], reading only rows that *rough* does not rule out.
+
+    rough [B, V] are the logits that the rows rounded to int8 gave, scales [V] the largest magnitudes of the rows. What
+    is chosen is the largest in fp32, as if all rows had been read (see allowed()).
+    """
+    logits = x.float() @ rows.float().T
+    next_token(logits.masked_fill(~allowed(x, rough, scales), float("-inf")), hidden, position, tokens, embedding)
+
+
+def allowed(x: torch.Tensor, rough: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Return which rows [B, V] may have the largest logit.
+
+    A row rounded to int8 is off by at most scale / 254 in each element, so its logit is by scale / 254 x sum(|x|); to
+    that come sums in fp32 (2^-24 of scale x sum(|x|) for each element) and the 16 bits of a rough logit (2^-8 of it).
+    Where a row's upper bound is below the largest lower bound, another's logit is larger.
+    """
+    wide, sums = rough.float(), x.float().abs().sum(-1, keepdim=True)
+    step = 1 / 254 + x.shape[-1] * 2**-24
+    error = 1.0001 * step * scales.float() * sums + 2**-8 * wide.abs() + 1e-6
+    return ~(wide + error < (wide - error).amax(-1, keepdim=True))

@@ -97,6 +97,9 @@ def moved_bytes(op: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
     if op.startswith("llmkern.next_token."):
         # Of the embedding, the last, one row a sequence is read, which becomes its hidden state.
         return written + sum(map(touched_bytes, inputs[:-1])) + touched_bytes(inputs[1])
+    if op.startswith("llmkern.next_token_of_shortlist."):
+        # Of the rows and the embedding at least one a sequence, which becomes its hidden state.
+        return written + sum(map(touched_bytes, inputs[:3])) + 3 * touched_bytes(inputs[0])
     if op.startswith(_GATHERS):
         return 2 * written + sum(touched_bytes(t) for t in inputs[1:])
     return written + sum(map(touched_bytes, inputs))

@@ -16,13 +16,15 @@ from torch import nn
 from llmkern.errors import UsageError
 from llmkern.kernels import ops as _ops  # noqa: F401  registers torch.ops.llmkern
 from llmkern.kernels.decode_layer.reference import rotated
-from llmkern.kernels.formats import Bf16Weight, Weight, pairs_order, stacked
+from llmkern.kernels.formats import Bf16Weight, Int8Weight, Weight, pairs_order, stacked
 from llmkern.kernels.modules import FusedLinear, weight_of
 from llmkern.workload.engine import capture_cuda
 
 # What they have in common: RMSNorm before both halves, rotary positions, grouped queries, SiLU gates.
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 MOST_BATCH, MOST_GROUP, HEAD_SIZES = 64, 16, (64, 128)
+# For more sequences the rows that are read twice are as many as those that are not read.
+SHORTLIST_BATCH = 8
 # Which places [B, 1, T, T] each place of a prompt sees, None for all before it.
 Seen = torch.Tensor | None
 
@@ -134,20 +136,55 @@ class Backbone(nn.Module):
         self.norm = RmsNorm(model.norm)
 
 
+class Shortlist(nn.Module):
+    """Finds the largest logit without reading all *rows* [V, H] of a head in 16 bits: they are rounded to int8, and
+    only those are read that this does not rule out (reference.allowed); the choice is that of all rows in fp32.
+    """
+
+    def __init__(self, rows: torch.Tensor, batch: int) -> None:
+        super().__init__()
+        # In parts: rounding takes fp32.
+        parts = [Int8Weight.quantize(part) for part in rows.split(8192)]
+        weight = Int8Weight.of(torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
+        self.rough = FusedLinear(_packed(weight), None)
+        self.register_buffer("rows", rows, persistent=False)
+        self.low = torch.zeros(batch, dtype=torch.int32, device=rows.device)
+        self.sums = torch.zeros(batch, device=rows.device)
+
+    def forward(self, x: torch.Tensor, *state: torch.Tensor) -> None:
+        """Go on to the next token of x [B, H]; *state* is hidden, position, tokens, best and the embedding."""
+        *changed, embedding = state
+        torch.ops.llmkern.next_token_of_shortlist(
+            x, self.rough(x), self.rough.scales, self.rows, *changed, self.low, self.sums, embedding
+        )
+
+
 class FusedModel(nn.Module):
     """A causal language model of ARCHITECTURES over its own weights, decoding greedily without the host.
 
     The layers of *model* are taken out of it one by one; *made* is called after each. ``prefill(ids, mask)`` reads
     prompts [B, T] (padded on the left) and chooses the first token, ``step()`` one more; ``tokens`` [B, places] has
-    them all. Raises UsageError for a model or a batch that it cannot be.
+    them all. With *shortlist* a head in 16 bits is read in part (see Shortlist), for at most SHORTLIST_BATCH sequences.
+    Raises UsageError for a model or a batch that it cannot be.
     """
 
-    def __init__(self, model: Any, places: int, batch: int, made: Callable[[int], None] = lambda index: None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        places: int,
+        batch: int,
+        made: Callable[[int], None] = lambda index: None,
+        shortlist: bool = False,
+    ) -> None:
         super().__init__()
         check(model.config, places, batch, model.device, model.dtype)
         self.config, self.generation_config = model.config, model.generation_config
         self.model = Backbone(model.model, made)
-        self.lm_head = FusedLinear(_packed(_weight(model.lm_head)), _bias(model.lm_head))
+        head = _weight(model.lm_head)
+        self.lm_head = FusedLinear(_packed(head), _bias(model.lm_head))
+        self.shortlist = None
+        if shortlist and isinstance(head, Bf16Weight) and self.lm_head.bias is None and batch <= SHORTLIST_BATCH:
+            self.shortlist = Shortlist(head.rows, batch)
         like = self.model.embed_tokens.weight
         self.places, self._apart = places, False
         self._graph: Callable[[], Any] | None = None
@@ -161,14 +198,19 @@ class FusedModel(nn.Module):
 
     def forward(self) -> None:
         """Compute one token of each sequence, launch by launch."""
-        self._choose(self.logits())
+        self._choose(self._last())
 
     def logits(self) -> torch.Tensor:
         """Return the logits [B, V] of the next token without going on to it."""
+        logits: torch.Tensor = self.lm_head(self._last())
+        return logits
+
+    def _last(self) -> torch.Tensor:
+        """Return what the head is given [B, H]."""
         hidden = self.hidden
         for layer in self.model.layers:
             hidden = layer(hidden, self.position, self.start)
-        return self.lm_head(self.model.norm(hidden))
+        return self.model.norm(hidden)
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> None:
         """Read the prompts *ids* [B, T], padding masked by zeros of *mask*, and choose the first token of each."""
@@ -181,7 +223,7 @@ class FusedModel(nn.Module):
         seen = self._seen(mask) if length > 1 else None
         for layer in self.model.layers:
             hidden = layer(hidden, self.position, self.start, seen)
-        self._choose(self.lm_head(self.model.norm(hidden[:, -1].contiguous())))
+        self._choose(self.model.norm(hidden[:, -1].contiguous()))
 
     def _seen(self, mask: torch.Tensor) -> Seen:
         """Return which places [B, 1, T, T] each place sees, None where nothing is padded."""
@@ -193,10 +235,12 @@ class FusedModel(nn.Module):
         alone = torch.eye(length, dtype=torch.bool, device=mask.device)
         return (causal & mask.bool()[:, None, :] | alone)[:, None]
 
-    def _choose(self, logits: torch.Tensor) -> None:
-        torch.ops.llmkern.next_token(
-            logits, self.hidden, self.position, self.tokens, self.best, self.model.embed_tokens.weight
-        )
+    def _choose(self, x: torch.Tensor) -> None:
+        state = (self.hidden, self.position, self.tokens, self.best, self.model.embed_tokens.weight)
+        if self.shortlist is not None:
+            self.shortlist(x, *state)
+        else:
+            torch.ops.llmkern.next_token(self.lm_head(x), *state)
 
     def step(self) -> None:
         """Go on by one token: one launch of a graph on a GPU, which is captured at the first call."""

@@ -10,7 +10,7 @@ import torch
 from llmkern.kernels import formats
 from llmkern.kernels.decode_layer import cuda, reference
 from llmkern.kernels.linear import linear
-from llmkern.workload.fused import FusedModel
+from llmkern.workload.fused import FusedModel, Shortlist
 from llmkern.workload.load import Source, load_model
 from llmkern.workload.models import find_model
 
@@ -73,6 +73,38 @@ def test_the_first_of_the_largest_is_the_next_token() -> None:
     assert best.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("vocabulary", "hidden", "batch"), [(152064, 3584, 1), (128256, 4096, 8), (32000, 896, 3)])
+def test_a_shortlist_chooses_the_largest_of_all_rows(
+    vocabulary: int, hidden: int, batch: int, dtype: torch.dtype
+) -> None:
+    rows = (0.02 * torch.randn(vocabulary, hidden, device="cuda")).to(dtype)
+    rows[vocabulary // 2] = rows[7]
+    shortlist = Shortlist(rows, batch)
+    embedding = torch.randn(vocabulary, hidden, device="cuda").to(dtype)
+    for turn in range(4):
+        x = torch.randn(batch, hidden, device="cuda").to(dtype)
+        if turn == 3:
+            # Two rows that are the same: the first.
+            x[0] = rows[7] * 50
+        position = torch.full((batch,), 4, device="cuda", dtype=torch.int32)
+        tokens, best = (torch.zeros(batch, n, device="cuda", dtype=torch.int64) for n in (10, 1))
+        best, new = best.view(-1), torch.zeros(batch, hidden, device="cuda", dtype=dtype)
+        shortlist(x, new, position, tokens, best, embedding)
+        exact = (x.double() @ rows.double().T).cpu()
+        chosen = tokens[:, 5].cpu()
+        # In fp32: what is chosen may lie below the largest by its rounding.
+        off = exact.amax(1) - exact.gather(1, chosen[:, None])[:, 0]
+        assert float(off.max()) < 1e-5 * float(exact.abs().max())
+        assert turn < 3 or int(chosen[0]) == 7
+        assert torch.equal(new, embedding[tokens[:, 5]])
+        assert best.tolist() == shortlist.low.tolist() == [0] * batch
+    x[0, 0] = float("nan")
+    shortlist(x, new, position, tokens, best, embedding)
+    torch.cuda.synchronize()
+    assert 0 <= int(tokens[0, 6]) < vocabulary
+
+
 @pytest.mark.parametrize("format", ["bf16", "int8", "nf4", "int4"])
 @pytest.mark.parametrize("tokens", [1, 16, 70])
 def test_residuals_and_pairs_are_those_of_the_reference(format: str, tokens: int) -> None:
@@ -91,13 +123,14 @@ def test_residuals_and_pairs_are_those_of_the_reference(format: str, tokens: int
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
-def test_a_graph_gives_the_tokens_of_its_launches_one_by_one(precision: str) -> None:
+@pytest.mark.parametrize("shortlist", [False, True])
+def test_a_graph_gives_the_tokens_of_its_launches_one_by_one(precision: str, shortlist: bool) -> None:
     pytest.importorskip("bitsandbytes")
     model = load_model(find_model("qwen-0.5b"), Source("random"), precision, torch.device("cuda:0")).model
     ids = torch.randint(0, 100_000, (2, 40), device="cuda")
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
-    fused = FusedModel(model, 80, 2)
+    fused = FusedModel(model, 80, 2, shortlist=shortlist)
     by_graph = fused.generate(ids, mask, 32)
     with fused.taken_apart():
         assert torch.equal(fused.generate(ids, mask, 32), by_graph)

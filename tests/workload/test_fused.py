@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
 from llmkern.errors import UsageError
+from llmkern.kernels.decode_layer import reference
+from llmkern.kernels.formats import Int8Weight
 from llmkern.workload.fused import FusedModel, check
 from tests.test_cli import llmkern
 
@@ -91,6 +93,43 @@ def test_a_sequence_in_a_batch_is_as_alone() -> None:
     together = FusedModel(model_of("llama"), 40, 3).generate(ids, mask, 20)
     alone = FusedModel(model_of("llama"), 40, 1).generate(ids[1:2, 5:], mask[1:2, 5:], 20)
     assert torch.equal(together[1, 12:], alone[0, 7:])
+
+
+def test_a_shortlist_chooses_what_all_rows_would() -> None:
+    """Also where logits lie close together: a head of few different rows, all of them large."""
+    model = model_of("qwen2")
+    with torch.no_grad():
+        head = model.lm_head.weight
+        head.copy_(head[:4].repeat(len(head) // 4 + 1, 1)[: len(head)] + 1e-4 * torch.randn_like(head))
+    ids, mask = prompts(2, 9, 3)
+    by_all = FusedModel(copy.deepcopy(model), 40, 2).generate(ids, mask, 24)
+    fused = FusedModel(copy.deepcopy(model), 40, 2, shortlist=True)
+    assert fused.shortlist is not None
+    assert torch.equal(fused.generate(ids, mask, 24), by_all)
+    assert FusedModel(copy.deepcopy(model), 40, 9, shortlist=True).shortlist is None
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 30.0])
+def test_the_largest_logit_is_on_the_shortlist_and_few_others_are(spread: float) -> None:
+    torch.manual_seed(7)
+    rows = torch.randn(4096, 512).to(torch.bfloat16)
+    # Rows and elements of x of very different size: outliers.
+    rows[::50] *= spread
+    x = torch.randn(64, 512).to(torch.bfloat16)
+    x[:, 3] *= 100 * spread
+    weight = Int8Weight.quantize(rows)
+    exact = x.double() @ rows.double().T
+    rough = (x.double() @ weight.dequantized().double().T).to(torch.bfloat16)
+    on = reference.allowed(x, rough, weight.scales)
+    assert bool(on.gather(1, exact.argmax(1, keepdim=True)).all())
+    # What is not on it is below the largest in fact.
+    assert bool((exact.masked_fill(on, float("-inf")).amax(1) < exact.amax(1)).all())
+    assert float(on.float().mean()) < 0.2
+
+
+def test_where_nothing_is_a_number_all_rows_are_on_the_shortlist() -> None:
+    x = torch.full((1, 64), float("nan"))
+    assert bool(reference.allowed(x, torch.full((1, 32), float("nan")), torch.ones(32)).all())
 
 
 def test_it_stops_when_all_have_met_an_end() -> None:
