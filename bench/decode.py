@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.result import RESULTS, case, metric, slug, write
+from bench.result import RESULTS, case, commit, metric, slug, write
 from llmkern.attribute.attribution import attribute
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
@@ -94,7 +94,8 @@ def measured(name: str, options: list[str], runs: Path) -> dict[str, Any]:
     done = subprocess.run([*command, "--out", str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         return case(name, {"options": options}, {}, False, done.stderr.strip()[-500:])
-    return told_of(name, options, RunFolder(folder))
+    run = RunFolder(folder)
+    return told_of(name, options, run, f"code of {commit()}; {run.facts.options.repeats} windows")
 
 
 def named(run: RunFolder) -> str:
@@ -157,7 +158,8 @@ def table(document: dict[str, Any]) -> list[str]:
     """Return the lines of docs/measured.md."""
     split = any("token_energy_gaps" in found["metrics"] for found in document["cases"])
     more = " in kernels and gaps |" if split else ""
-    rows = [f"| case | step, ms | J per token |{more} read rate, TB/s | least, ms and J |", "|---" * (5 + split) + "|"]
+    titles = f"| case | step, ms | J per token |{more} read rate, TB/s | least, ms and J | code |"
+    rows = [titles, "|---" * (6 + split) + "|"]
     for found in document["cases"]:
         m = found["metrics"]
         if "token_energy" not in m:
@@ -166,11 +168,14 @@ def table(document: dict[str, Any]) -> list[str]:
             f"{e['value'] * f:.{p}f} [{e['low'] * f:.{p}f}, {e['high'] * f:.{p}f}]"
             for e, f, p in ((m["step"], 1e3, 2), (m["token_energy"], 1.0, 2 if m["token_energy"]["value"] > 1 else 3))
         )
+        code = found["note"].partition("code of ")[2].partition(";")[0] or "–"
         least = f"{m['least_step']['value'] * 1e3:.2f} and {m['least_token_energy']['value']:.3f}"
         if split:
             parts = [f"{m[k]['value']:.2f}" if k in m else "–" for k in ("token_energy_kernels", "token_energy_gaps")]
             joules += f" | {' and '.join(parts)}" if parts != ["–"] * 2 else " | –"
-        rows.append(f"| {found['name']} | {step} | {joules} | {m['read_rate']['value'] / 1e12:.2f} | {least} |")
+        rows.append(
+            f"| {found['name']} | {step} | {joules} | {m['read_rate']['value'] / 1e12:.2f} | {least} | {code} |"
+        )
     return rows
 
 

@@ -77,7 +77,7 @@ def write(
         "schema": 1,
         "bench": bench,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "environment": {
             "gpu": gpu or gpu_name(),
             "driver": _driver(),
@@ -93,7 +93,7 @@ def write(
     return path
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     # A copy of the tree without .git can carry the commit in a file.
     marker = Path(__file__).parent / "COMMIT"
     if marker.exists():

@@ -140,21 +140,27 @@ def kernels_energy(document: dict[str, Any]) -> list[str]:
 
 def stages(document: dict[str, Any]) -> list[str]:
     cases: Cases = {c["name"]: c["metrics"] for c in document["cases"]}
+    beside = ", ".join(f"a {n} {interval(cases[n]['joules_per_gb'], 1, 3)}" for n in ("read", "copy") if n in cases)
+    return [*_by_format(document, "stage"), "", f"Beside them, per byte moved: {beside} J/GB."]
+
+
+def variants(document: dict[str, Any]) -> list[str]:
+    return _by_format(document, "variant")
+
+
+def _by_format(document: dict[str, Any], key: str) -> list[str]:
+    """Return a row for each *key* of the cases, a column for each format."""
     formats = list(dict.fromkeys(c["parameters"]["format"] for c in document["cases"] if "format" in c["parameters"]))
     rows = ["| J/GB (µs) | " + " | ".join(formats) + " |", "|---" * (1 + len(formats)) + "|"]
-    names = dict.fromkeys(c["parameters"]["stage"] for c in document["cases"] if "stage" in c["parameters"])
-    for stage in names:
+    names = dict.fromkeys(c["parameters"][key] for c in document["cases"] if key in c["parameters"])
+    for name in names:
         cells = []
         for format in formats:
-            (m,) = (
-                c["metrics"]
-                for c in document["cases"]
-                if c["parameters"].get("stage") == stage and c["parameters"]["format"] == format
-            )
-            cells.append(f"{interval(m['joules_per_gb'], 1, 3)} ({m['cold']['value']:.1f})")
-        rows.append(f"| {stage} | {' | '.join(cells)} |")
-    beside = ", ".join(f"a {n} {interval(cases[n]['joules_per_gb'], 1, 3)}" for n in ("read", "copy") if n in cases)
-    return [*rows, "", f"Beside them, per byte moved: {beside} J/GB."]
+            mine = {key: name, "format": format}
+            own = [c["metrics"] for c in document["cases"] if mine.items() <= c["parameters"].items()]
+            cells += [f"{interval(m['joules_per_gb'], 1, 3)} ({m['cold']['value']:.1f})" for m in own] or ["–"]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return rows
 
 
 def overhead(document: dict[str, Any]) -> list[str]:
@@ -328,6 +334,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "kernels": kernels,
     "kernels-energy": kernels_energy,
     "stages": stages,
+    "variants": variants,
     "overhead": overhead,
     "recorder_load": recorder_load,
     "analysis": analysis,

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.result import _commit, gpu_name, slug
+from bench.result import commit, gpu_name, slug
 from llmkern.evaluate.timing import Turns, copies_for
 from llmkern.kernels import registry
 from llmkern.kernels.build import CHUNK, Build, compiled
@@ -184,7 +184,7 @@ def main() -> None:
     document = {
         "gpu": gpu_name(),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "entries": entries,
     }
     for n, k in shapes:
