@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench.result import RESULTS, case, commit, metric, slug, write
 from llmkern.attribute.attribution import attribute
 from llmkern.estimate import Estimate
@@ -24,6 +26,13 @@ from llmkern.workload.models import build_config, find_model, shape_of
 # What an H100 reads, and what a byte read costs above the idle floor: measured with streams of cold weights.
 READ_BYTES_PER_S, J_PER_BYTE = 3.09e12, 135e-12
 PROMPT_TOKENS = 512
+# What a step is told apart into, by kinds of kernels.
+GROUPS = {
+    "products": ["gemm", "gemv"],
+    "conversions": ["quantize", "dequantize", "outlier", "cast"],
+    "attention": ["attention"],
+    "norms": ["norm"],
+}
 _ENGINES = {
     "fused": ("bf16", "int8", "int4"),
     "graph": ("bf16",),
@@ -117,6 +126,12 @@ def told_of(name: str, options: list[str], run: RunFolder, note: str = "") -> di
         # Of a run whose kernels were recorded as well.
         batch = run.facts.options.batch
         found["launches"] = metric(account.launches, "1")
+        by_kind = attribution.split("decode", ["kind"]).set_index("kind")["duration_ns"] / 1e9
+        for group, kinds in GROUPS.items():
+            found[f"time_{group}"] = metric(float(by_kind.reindex(kinds).sum()), "s")
+        told = [kind for kinds in GROUPS.values() for kind in kinds]
+        found["time_others"] = metric(float(by_kind[~by_kind.index.isin(told)].sum()), "s")
+        found["time_gaps"] = metric(account.gap_s, "s")
         for part, joules in (("kernels", account.kernel_j), ("gaps", account.gap_j)):
             if joules is not None:
                 found[f"token_energy_{part}"] = metric(joules.scaled(1 / batch), "J")
@@ -138,6 +153,8 @@ def _metrics(run: RunFolder, weighed: Any) -> dict[str, Any]:
         least_s = read / READ_BYTES_PER_S
         least: Estimate = floor.map(lambda watts: (read * J_PER_BYTE + watts * least_s) / batch)
         found |= {"least_step": metric(least_s, "s"), "least_token_energy": metric(least, "J")}
+        longer: Estimate = decode.latency_s.with_(floor, lambda s, watts: np.maximum(0.0, s - least_s) * watts / batch)
+        found["token_energy_longer"] = metric(longer, "J")
     return found
 
 
@@ -176,7 +193,24 @@ def table(document: dict[str, Any]) -> list[str]:
         rows.append(
             f"| {found['name']} | {step} | {joules} | {m['read_rate']['value'] / 1e12:.2f} | {least} | {code} |"
         )
-    return rows
+    return rows + _of_steps(document)
+
+
+def _of_steps(document: dict[str, Any]) -> list[str]:
+    """Return what the steps of recorded runs consist of, and what they take above the least."""
+    groups = [*GROUPS, "others", "gaps"]
+    titles = [*groups, "J above the least", "idle floor while it takes longer", "all else"]
+    rows = ["", f"| ms of a step | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for found in document["cases"]:
+        m = found["metrics"]
+        if "time_products" not in m or "token_energy_longer" not in m:
+            continue
+        above = m["token_energy"]["value"] - m["least_token_energy"]["value"]
+        longer = m["token_energy_longer"]["value"]
+        cells = [f"{m[f'time_{group}']['value'] * 1e3:.2f}" for group in groups]
+        cells += [f"{joules:.2f}" for joules in (above, longer, above - longer)]
+        rows.append(f"| {found['name']} | {' | '.join(cells)} |")
+    return rows if len(rows) > 3 else []
 
 
 if __name__ == "__main__":
