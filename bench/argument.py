@@ -59,7 +59,7 @@ def _case(difference: Difference) -> dict[str, Any]:
 
 
 def table(document: dict[str, Any]) -> list[str]:
-    """Return the lines of docs/measured.md."""
+    """Return the lines of docs/decode.md."""
     rows = ["| per token of decode | eager | fused | predicted of it | off by |", "|---|---|---|---|---|"]
     parts = []
     for found in document["cases"]:

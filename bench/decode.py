@@ -172,7 +172,7 @@ def bytes_of_step(run: RunFolder) -> float:
 
 
 def table(document: dict[str, Any]) -> list[str]:
-    """Return the lines of docs/measured.md."""
+    """Return the lines of docs/decode.md."""
     split = any("token_energy_gaps" in found["metrics"] for found in document["cases"])
     more = " in kernels and gaps |" if split else ""
     titles = f"| case | step, ms | J per token |{more} read rate, TB/s | least, ms and J | code |"

@@ -130,7 +130,7 @@ def _distance(x: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def table(document: dict[str, Any]) -> list[str]:
-    """Return the lines of docs/measured.md."""
+    """Return the lines of docs/decode.md."""
     rows = [
         "| model | error of logits, fused | as loaded | greedy steps | another token than fp32 | by at most | padded "
         "and alone part after | by |",

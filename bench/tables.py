@@ -1,4 +1,4 @@
-"""The tables of README.md, docs/measured.md and docs/method.md, written from bench/results.
+"""The tables of README.md, docs/measured.md, docs/decode.md and others, written from bench/results.
 
 python -m bench.tables --write
 """
@@ -26,6 +26,7 @@ _ROOT = Path(__file__).parents[1]
 PAGES = (
     _ROOT / "README.md",
     _ROOT / "docs" / "measured.md",
+    _ROOT / "docs" / "decode.md",
     _ROOT / "docs" / "method.md",
     _ROOT / "docs" / "serving.md",
     _ROOT / "docs" / "study.md",

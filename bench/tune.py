@@ -154,51 +154,57 @@ def tuned(weight: Weight, m: int, usable: list[Build]) -> dict[str, Any] | None:
     return {**row, "backend": "cuda", "us": round(best[0], 3), "tuning": tuning}
 
 
-def _kept(table: Path, anew: list[tuple[int, ...]]) -> list[dict[str, Any]]:
-    """Return the entries of *table* that are not of the shapes *anew*."""
+def _entries_of(table: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Return the entries of *table* by what they are of; what is measured anew takes their place, the rest stays."""
     if not table.exists():
         table = registry.TABLES / table.name
-    return [e for e in json.loads(table.read_text())["entries"] if (e["n"], e["k"]) not in anew]
+    return {_key(e): e for e in json.loads(table.read_text())["entries"]} if table.exists() else {}
+
+
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(entry[name] for name in ("n", "k", "format", "packed", "m"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=registry.TABLES, help="folder of the table")
     parser.add_argument("--seconds", type=float, default=480.0, help="stop after so many seconds with what is there")
-    parser.add_argument("--shapes", default=None, help="NxK,…: measure these alone, keep the rest of the table")
+    parser.add_argument("--shapes", help="NxK,…: measure these alone")
+    parser.add_argument("--formats", default="int8,int4,nf4", help="measure these alone")
+    parser.add_argument("--tokens", default=TOKENS, type=lambda text: tuple(map(int, text.split(","))), help="the same")
+    parser.add_argument("--packed", action="store_true", help="packed weights alone")
     parser.add_argument("--jobs", type=int, default=16, help="compilations at a time")
     arguments = parser.parse_args()
     end_s = time.monotonic() + arguments.seconds
-    variants = [(f, p, m) for m in TOKENS for f in ("int8", "int4", "nf4") for p in (True, False)]
+    formats, packings = arguments.formats.split(","), (True,) if arguments.packed else (True, False)
+    variants = [(f, p, m) for m in arguments.tokens for f in formats for p in packings]
     wanted = {variant: list(builds(*variant)) for variant in variants}
     with ThreadPoolExecutor(arguments.jobs) as pool:
         every = list(dict.fromkeys(build for several in wanted.values() for build in several))
         good = {build for build, fit in zip(every, pool.map(fits, every), strict=True) if fit}
     print(f"{len(good)} of {len(every)} builds fit, {end_s - time.monotonic():.0f} s left", flush=True)
     target = arguments.results / f"{slug()}.json"
-    entries: list[dict[str, Any]] = []
     shapes: list[tuple[int, ...]] = list(SHAPES)
     if arguments.shapes is not None:
         shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
-        entries = _kept(target, shapes)
+    entries = _entries_of(target)
     document = {
         "gpu": gpu_name(),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
-        "entries": entries,
     }
     for n, k in shapes:
-        for format, packed in itertools.product(("int8", "int4", "nf4"), (True, False)):
+        for format, packed in itertools.product(formats, packings):
             weight: Any = random_weight(format, n, k)
             weight = weight.to_packed() if packed else weight
-            for m in TOKENS:
+            for m in arguments.tokens:
                 if time.monotonic() > end_s:
                     break
                 entry = tuned(weight, m, [build for build in wanted[format, packed, m] if build in good])
                 if entry is not None:
-                    entries.append(entry)
+                    entries[_key(entry)] = entry
         torch.cuda.empty_cache()
-        lines = [json.dumps(entry) for entry in entries]
+        lines = [json.dumps(entry) for entry in entries.values()]
         head = json.dumps({**document, "entries": []}, indent=1).replace('"entries": []', '"entries": [\n  ')
         target.write_text(head.removesuffix("\n}") + ",\n  ".join(lines) + "\n ]\n}\n")
         print(f"{n}x{k}: {len(entries)} entries, {end_s - time.monotonic():.0f} s left", flush=True)

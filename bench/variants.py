@@ -42,6 +42,10 @@ VARIANTS = {
     # nobody, and switch as many transistors.
     "columns of the last token": _switch("ZERO_COLUMNS", ("int8", "nf4", "int4"), True),
     "zero columns": _switch("ZERO_COLUMNS", ("bf16",), False),
+    # The compiler puts loads behind a branch just before their use, those with a predicate where it likes.
+    "zero columns by a predicate": Variant(
+        (("#define ZERO_COLUMNS (NT == 1)\n", "#define ZERO_COLUMNS (2 * (NT == 1))\n"),), ("int8", "nf4", "int4")
+    ),
     "number of the warp unknown": _switch("UNIFORM_WARP", ("nf4", "int4"), True),
     "uniform warp": _switch("UNIFORM_WARP", ("int8", "bf16"), False),
     # A shift, a mask and an or make the address of a byte's pair, not one permutation of bytes.

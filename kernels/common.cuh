@@ -67,6 +67,15 @@ INLINE Words load_x(const u16* p) {
   return w;
 }
 
+// The same where *there*, else w stays as it is. A predicate: an if becomes a branch, and what is loaded ahead of its use
+// then comes just before it.
+INLINE void load_x_where(bool there, const u16* p, Words& w) {
+  asm volatile("{\n.reg .pred there;\nsetp.ne.u32 there, %5, 0;\n@there ld.global.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(w.v[0]), "+r"(w.v[1]), "+r"(w.v[2]), "+r"(w.v[3])
+               : "l"(p), "r"(u32(there))
+               : "memory");
+}
+
 INLINE u32 shared_address(const void* p) {
   return u32(__cvta_generic_to_shared(p));
 }

@@ -101,7 +101,7 @@ INLINE void put(Activations& a, int n, int half, Words w) {
 }
 
 // x straight from L1. What comes of columns beyond the last token is not stored. With ZERO_COLUMNS they are zero, which
-// switches no transistors in the MMAs; without they are the last token once more, which takes no predicate.
+// switches no transistors in the MMAs (1: by a branch, 2: by a predicate); without they are the last token once more.
 struct Direct {
   const u16* rows[NT];
   int left;    // k before the end of x, from where the rows point
@@ -119,14 +119,20 @@ struct Direct {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int offset = ahead * kStride * CHUNK + 64 * part + 8 * half;
-        const bool there = !ZERO_COLUMNS || 8 * n < tokens;
-        if (!TAIL) {
-          // What was zero stays so.
-          if (there) put(a, n, half, load_x(rows[n] + offset));
-        } else {
+        const bool column = ZERO_COLUMNS == 0 || 8 * n < tokens;
+        if (TAIL) {
           Words w = {{0, 0, 0, 0}};
-          if (there && offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
+          if (column && offset + k_of_lane(t) < left) w = load_x(rows[n] + offset);
           put(a, n, half, w);
+        } else if (ZERO_COLUMNS == 2) {
+          // What was zero stays so.
+          Words w;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) w.v[i] = a.v[n][4 * half + i];
+          load_x_where(column, rows[n] + offset, w);
+          put(a, n, half, w);
+        } else if (column) {
+          put(a, n, half, load_x(rows[n] + offset));
         }
       }
     }
