@@ -256,9 +256,10 @@ def _doubts(collection: Collection, devices: tuple[str, ...], books: pd.DataFram
         )
     dearer = [ratio for run in collection.runs if (ratio := _first_by_later(run)) is not None and ratio > FIRST_LIMIT]
     if dearer:
+        ends = dict.fromkeys(f"{ratio:.1f}" for ratio in (min(dearer), max(dearer)))
         found.append(
             f"In {len(dearer)} of {len(collection.runs)} runs the first generation of its lengths took "
-            f"{min(dearer):.1f} to {max(dearer):.1f} times a later one, which is in no figure here; "
+            f"{' to '.join(ends)} times a later one, which is in no figure here; "
             "'llmkern report RUN' tells what it costs for each token."
         )
     fused = [run for run in collection.runs if run.facts.options.engine == "fused"]
