@@ -17,7 +17,7 @@
 //   multiply()       the MMAs of one piece and one of its parts of 64 k
 //   scale_of_row()   what the sum is multiplied by in the end
 //   at()             one weight as float, for the path that assumes nothing about N and K
-//   ZERO_COLUMNS, UNIFORM_WARP   1 where that took fewer joules: for up to 8 tokens (bench/variants.py)
+//   ZERO_COLUMNS, UNIFORM_WARP   1 where that took fewer joules for one token (bench/variants.py)
 // Macros of the build: T_BF16 (0: fp16), MT (16 rows each), NT (8 tokens each), WN, WK, DEPTH (chunks in flight per
 // warp), AHEAD (parts of x in registers, 1 or 2), SPLITS, BLOCKS (per multiprocessor, at least), EVICT_FIRST (1:
 // weights leave L2 first), PDL (1: weights are read before the preceding kernel has ended), PACKED (1: tiles of 16

@@ -155,24 +155,13 @@ def _next_token(
         reference.next_token(logits, hidden, position, tokens, embedding)
 
 
-def _next_token_of_shortlist(
-    x: torch.Tensor,
-    rough: torch.Tensor,
-    scales: torch.Tensor,
-    rows: torch.Tensor,
-    hidden: torch.Tensor,
-    position: torch.Tensor,
-    tokens: torch.Tensor,
-    best: torch.Tensor,
-    low: torch.Tensor,
-    sums: torch.Tensor,
-    embedding: torch.Tensor,
-) -> None:
+def _next_token_of_shortlist(x: torch.Tensor, *rest: torch.Tensor) -> None:
     if _on_gpu(x):
-        state = (hidden, position, tokens, best, low, sums)
-        cuda.next_token_of_shortlist(x, rough, scales, rows, *state, embedding)
+        cuda.next_token_of_shortlist(x, *rest)
     else:
-        reference.next_token_of_shortlist(x, rough, scales, rows, hidden, position, tokens, embedding)
+        # All but best, low and sums: what kernels tell one another.
+        given = (*rest[:6], rest[-1])
+        reference.next_token_of_shortlist(x, *given)
 
 
 for _name, _function in (

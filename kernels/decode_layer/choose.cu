@@ -60,12 +60,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum += fabsf(low_of(w.v[i])) + fabsf(high_of(w.v[i]));
   }
-  sum = sum_of_warp(sum);
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum += parts[i];
+  sum = sum_of_block(sum, parts);
   if (blockIdx.x == 0 && threadIdx.x == 0) sums[b] = sum;
   float most = kNothing;
   for (int v = blockIdx.x * kThreads + threadIdx.x; v < V; v += gridDim.x * kThreads) {

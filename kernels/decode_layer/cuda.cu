@@ -37,6 +37,17 @@ INLINE float max_of_warp(float f) {
   return f;
 }
 
+// The sum over the threads of a block, in all of them; *parts* is shared and used once.
+INLINE float sum_of_block(float f, float (&parts)[kWarps]) {
+  f = sum_of_warp(f);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = f;
+  __syncthreads();
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += parts[i];
+  return sum;
+}
+
 }  // namespace
 
 // y[b] = x[b] / sqrt(mean(x[b]²) + eps) * weight. Grid: (B).
@@ -64,13 +75,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2)
       sum += a * a + b * b;
     }
   }
-  sum = sum_of_warp(sum);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = 0;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum += sums[i];
-  const float scale = rsqrtf(sum / HIDDEN + eps);
+  const float scale = rsqrtf(sum_of_block(sum, sums) / HIDDEN + eps);
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int chunk = threadIdx.x + i * kThreads;

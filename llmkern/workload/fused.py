@@ -23,7 +23,7 @@ from llmkern.workload.engine import capture_cuda
 # What they have in common: RMSNorm before both halves, rotary positions, grouped queries, SiLU gates.
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 MOST_BATCH, MOST_GROUP, HEAD_SIZES = 64, 16, (64, 128)
-# For more sequences the rows that are read twice are as many as those that are not read.
+# Each sequence has a shortlist of its own, whose rows are read for it alone.
 SHORTLIST_BATCH = 8
 # Which places [B, 1, T, T] each place of a prompt sees, None for all before it.
 Seen = torch.Tensor | None
@@ -297,9 +297,6 @@ class FusedModel(nn.Module):
                 return self.tokens[:, : length + made].clone()
             self.step()
         return self.tokens[:, : length + new_tokens].clone()
-
-    def _met(self, ends: torch.Tensor, begin: int, end: int) -> bool:
-        return bool(torch.isin(self.tokens[:, begin:end], ends).any(1).all())
 
 
 def check(config: Any, places: int, batch: int, device: torch.device, dtype: torch.dtype) -> None:

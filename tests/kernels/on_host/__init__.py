@@ -25,7 +25,7 @@ _LOP3 = re.compile(r'asm\("lop3\.b32[^;]*0xea;" : "=r"\((\w+)\) : "r"\(([^:]*)\)
 
 
 def on_host(text: str) -> str:
-    """Return CUDA C++ *text* with its PTX replaced. Raises ValueError where some is left that would be compiled."""
+    """Return CUDA C++ *text* with its PTX replaced; what is left is of clusters and of programmatic launches."""
     for name, instead in _PTX.items():
         text = re.sub(rf"(INLINE [\w&]+ {name}\([^{{]*\{{).*?\n\}}", rf"\1 {instead} }}", text, flags=re.DOTALL)
     text = _LOP3.sub(r"\1 = ((\2) & \3) | \4;", text)
@@ -43,17 +43,14 @@ def library(text: str, macros: tuple[str, ...], kernels: tuple[str, ...]) -> Any
         f"{{ host::call({name}, {{x, y, z}}, threads, arguments); }}\n"
         for name in kernels
     )
-    folder = Path(tempfile.mkdtemp(prefix="on_host"))
-    (folder / "kernel.cpp").write_text(f'#include "cuda.hpp"\n{on_host(text)}\n{entries}')
     command = ["g++", "-std=c++20", "-O0", "-ffp-contract=off", "-fPIC", "-shared", "-w", f"-I{FOLDER}", *macros]
-    done = subprocess.run(
-        [*command, "-o", str(folder / "kernel.so"), str(folder / "kernel.cpp")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[:4000]
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    # What is loaded needs its file no more.
+    with tempfile.TemporaryDirectory() as folder:
+        code, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        code.write_text(f'#include "cuda.hpp"\n{on_host(text)}\n{entries}')
+        done = subprocess.run([*command, "-o", built, code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[:4000]
+        return ctypes.CDLL(str(built))
 
 
 def run(loaded: Any, name: str, grid: tuple[int, int, int], threads: int, arguments: Any) -> None:
