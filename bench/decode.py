@@ -21,6 +21,7 @@ from bench.result import RESULTS, case, commit, metric, slug, write
 from llmkern.attribute.attribution import attribute
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
+from llmkern.workload.fused import SHORTLIST_BATCH
 from llmkern.workload.models import build_config, find_model, shape_of
 
 # What an H100 reads, and what a byte read costs above the idle floor: measured with streams of cold weights.
@@ -168,7 +169,10 @@ def bytes_of_step(run: RunFolder) -> float:
     embedding = 0 if tied else shape.vocabulary * shape.hidden * (4 if facts.options.precision == "fp32" else 2)
     context = PROMPT_TOKENS + facts.options.new_tokens / 2
     per_place = 2 * shape.layers * shape.kv_heads * shape.head_size * 2
-    return float((facts.model.weight_bytes or 0) - embedding + facts.options.batch * context * per_place)
+    # Of the head its int8 codes are read, not its rows.
+    shortlist = facts.options.engine == "fused" and facts.options.batch <= SHORTLIST_BATCH
+    unread = shape.vocabulary * shape.hidden * 2 if shortlist else 0
+    return float((facts.model.weight_bytes or 0) - embedding - unread + facts.options.batch * context * per_place)
 
 
 def table(document: dict[str, Any]) -> list[str]:

@@ -164,8 +164,8 @@ class FusedModel(nn.Module):
 
     The layers of *model* are taken out of it one by one; *made* is called after each. ``prefill(ids, mask)`` reads
     prompts [B, T] (padded on the left) and chooses the first token, ``step()`` one more; ``tokens`` [B, places] has
-    them all. With *shortlist* a head in 16 bits is read in part (see Shortlist), for at most SHORTLIST_BATCH sequences.
-    Raises UsageError for a model or a batch that it cannot be.
+    them all. With *shortlist* (None: on a GPU) a head in 16 bits is read in part (see Shortlist), for at most
+    SHORTLIST_BATCH sequences. Raises UsageError for a model or a batch that it cannot be.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class FusedModel(nn.Module):
         places: int,
         batch: int,
         made: Callable[[int], None] = lambda index: None,
-        shortlist: bool = False,
+        shortlist: bool | None = None,
     ) -> None:
         super().__init__()
         check(model.config, places, batch, model.device, model.dtype)
@@ -183,7 +183,8 @@ class FusedModel(nn.Module):
         head = _weight(model.lm_head)
         self.lm_head = FusedLinear(_packed(head), _bias(model.lm_head))
         self.shortlist = None
-        if shortlist and isinstance(head, Bf16Weight) and self.lm_head.bias is None and batch <= SHORTLIST_BATCH:
+        wanted = model.device.type == "cuda" if shortlist is None else shortlist
+        if wanted and isinstance(head, Bf16Weight) and self.lm_head.bias is None and batch <= SHORTLIST_BATCH:
             self.shortlist = Shortlist(head.rows, batch)
         like = self.model.embed_tokens.weight
         self.places, self._apart = places, False
