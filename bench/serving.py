@@ -8,11 +8,10 @@ which device and with which versions.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench.result import case, interval, metric, write
 from bench.study import FIGURES
@@ -20,7 +19,7 @@ from llmkern.estimate import Estimate
 from llmkern.report.study_charts import write_pictures
 from llmkern.runfolder import RunFolder
 from llmkern.serve.figures import figures
-from llmkern.serve.statement import Arrivals, state
+from llmkern.serve.statement import Arrivals, ratio, state
 from llmkern.study.collect import GENERATE, read_run
 from llmkern.study.execute import RUNS
 
@@ -55,7 +54,9 @@ def main() -> None:
             file.unlink()
 
 
-def order(arrivals: tuple[Arrivals, ...]) -> list[dict[str, Any]]:
+def order(
+    arrivals: tuple[Arrivals, ...], of: Callable[[Arrivals, Arrivals], Estimate | None] = ratio
+) -> list[dict[str, Any]]:
     """Return of neighbours in ORDER what the first takes of the second, and whether that is less (None: not known).
 
     Of several patterns of one kind the one that takes least stands for it.
@@ -67,10 +68,11 @@ def order(arrivals: tuple[Arrivals, ...]) -> list[dict[str, Any]]:
             least[kind] = one
     found = []
     for less, more in pairwise([least[kind] for kind in ORDER if kind in least]):
-        ratio = _joules(less).of_another_run().with_(_joules(more), np.divide)
-        known = ratio.low is not None and ratio.high is not None
-        verdict = None if not known or ratio.low <= 1 <= ratio.high else ratio.value < 1  # type: ignore[operator]
-        found.append({"less": less.pattern, "more": more.pattern, "ratio": metric(ratio, "1"), "holds": verdict})
+        share = of(less, more)
+        assert share is not None
+        known = share.low is not None and share.high is not None
+        verdict = None if not known or share.low <= 1 <= share.high else share.value < 1  # type: ignore[operator]
+        found.append({"less": less.pattern, "more": more.pattern, "ratio": metric(share, "1"), "holds": verdict})
     return found
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llmkern.attribute.energy.counter import EnergyCurve, counter_of
+from llmkern.attribute.energy.counter import EnergyCurve, between_ticks, counter_of
 from llmkern.attribute.energy.floor import Floor, mean_temperature, measure_floor
 from llmkern.errors import UsageError
-from llmkern.estimate import Estimate, from_samples
+from llmkern.estimate import LEAST_FOR_INTERVAL, Estimate, from_samples
 from llmkern.runfolder import RunFolder
 from llmkern.runfolder.vocabulary import IDLE, SERVE, WINDOW
 
@@ -69,21 +69,60 @@ class Served:
         The interval is of up to ten blocks of requests one after the other: neighbours share batches, so that they are
         no samples of their own.
         """
-        done = self.requests[self.requests["status"] == "finished"].sort_values("intended_ns")
+        done = self.finished
         if self.counter_j is None or self.idle_j is None or done.empty:
             return None
         total = self.counter_j if with_idle else self.requests_j
         value = float(total / len(done))
-        blocks = np.array_split(np.arange(len(done)), min(_BLOCKS, len(done) // 2 or 1))
-        if len(blocks) < 3:
-            return Estimate(value, samples=1)
         joules = done["energy_j"].to_numpy()
-        spread = from_samples([float(joules[block].mean()) for block in blocks])
-        own = self.requests_j / len(done)
-        if spread.draws is None or not own or not spread.value:
-            return Estimate(value, samples=len(blocks))
+        own, rest = self.requests_j / len(done), (total - self.requests_j) / len(done)
+        if not own:
+            return Estimate(value, samples=1)
         # The blocks say how far the mean may be off, in shares of it; idle joules are of the whole run.
-        return Estimate.of(value, (total - self.requests_j) / len(done) + own * spread.draws / spread.value)
+        spread = _over_blocks(joules, float(joules.mean()) or 1.0)
+        if spread.draws is None:
+            return Estimate(value, samples=spread.samples)
+        # Few blocks say little, but never that a request takes less than nothing.
+        return Estimate.of(value, rest + own * np.maximum(1 + spread.draws, 0.0))
+
+    @property
+    def finished(self) -> pd.DataFrame:
+        """Return the requests that were answered, in the order in which they were to come."""
+        return self.requests[self.requests["status"] == "finished"].sort_values(["intended_ns", "request"])
+
+
+def relative(one: Served, other: Served) -> Estimate | None:
+    """Return what a request takes in *one* as a multiple of what it takes in *other*; None without joules of both.
+
+    Where both answered the same requests each is held against itself: that requests differ is then no doubt of the
+    ratio (a ratio estimator over blocks of neighbours, linearized). Else the two intervals make that of the ratio.
+    """
+    first, second = one.per_request_j(), other.per_request_j()
+    if first is None or second is None or not second.value > 0:
+        return None
+    key = ["request", "prompt_tokens", "output_tokens"]
+    both = one.finished[[*key, "energy_j"]].merge(other.finished[[*key, "energy_j"]], on=key, suffixes=("", "_other"))
+    if not len(both) == len(one.finished) == len(other.finished):
+        return first.of_another_run().with_(second, np.divide)
+    # Idle joules are of the whole run: everybody's share.
+    left, right = (
+        both[column].to_numpy() + mean.value - float(both[column].mean())
+        for column, mean in (("energy_j", first), ("energy_j_other", second))
+    )
+    value = first.value / second.value
+    spread = _over_blocks(left - value * right, second.value)
+    if spread.draws is None:
+        return Estimate(value, samples=spread.samples)
+    return Estimate.of(value, np.maximum(value + spread.draws, 0.0), spread.samples)
+
+
+def _over_blocks(values: np.ndarray, unit: float) -> Estimate:
+    """Return by how many *unit* the mean of *values*, whose neighbours share batches, may be off: about 0."""
+    blocks = np.array_split(values, min(_BLOCKS, len(values) // 2 or 1))
+    spread = from_samples([float(block.mean()) / unit for block in blocks])
+    if len(blocks) < LEAST_FOR_INTERVAL or spread.draws is None:
+        return Estimate(0.0, samples=len(blocks))
+    return Estimate.of(0.0, spread.draws - spread.value, len(blocks))
 
 
 def served(run: RunFolder, sensor: str | None = None, device: int | None = None) -> Served:
@@ -127,11 +166,13 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
     level = floor.at(mean_temperature(temperature, windows))
     floor_w = level.value
     counter_j = framed[2] - floor_w * ((framed[1] - framed[0]) - (end_ns - start_ns)) / 1e9
-    iterations = weighed_iterations(iterations, curve, floor_w)
+    # The counter is read rarely in the window (a read holds up launches); what is between two reads the samples say.
+    fine = between_ticks(curve, power)
+    iterations = weighed_iterations(iterations, fine, floor_w)
     requests, unclaimed_j = shared(requests, iterations, processed)
     idle_j = floor_w * ((end_ns - start_ns) / 1e9 - busy_s)
     residual_j = counter_j - float(requests["energy_j"].sum()) - unclaimed_j - idle_j
-    drain_j = float(curve.at(end_ns) - curve.at(drain_from_ns))
+    drain_j = float(fine.at(end_ns) - fine.at(drain_from_ns))
     joules: dict[str, Any] = {
         "counter_j": counter_j,
         "idle_j": idle_j,
@@ -139,7 +180,7 @@ def served(run: RunFolder, sensor: str | None = None, device: int | None = None)
         "residual_j": residual_j,
     }
     joules |= {"drain_s": drain_s, "drain_j": drain_j}
-    power = mean_power(curve, start_ns, end_ns)
+    power = mean_power(fine, start_ns, end_ns)
     known: dict[str, Any] = {"floor": floor, "floor_w": level, "estimated": estimated, "power": power}
     return Served(requests, iterations, start_ns, end_ns, busy_s, **known, **joules)
 

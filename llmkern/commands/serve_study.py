@@ -95,8 +95,9 @@ def work(options: dict[str, Any], log: str) -> None:
 @click.option("--device", default="auto", show_default=True, metavar="auto|cuda[:N]|cpu", help="Where to run.")
 @click.option(
     "--cudnn-attention/--no-cudnn-attention",
-    default=True,
-    help="Whether PyTorch may choose cuDNN's attention, which plans for every new length.  [default: it may]",
+    default=False,
+    help="Whether PyTorch may choose cuDNN's attention, which plans for every new length: a server meets one with "
+    "every token.  [default: it may not]",
 )
 @click.option("--weights", type=click.Choice(WEIGHTS), default="auto", show_default=True)
 @click.option(

@@ -10,8 +10,9 @@ import pandas as pd
 
 from llmkern.attribute.attribution import Attribution
 from llmkern.attribute.split.account import PhaseAccount
+from llmkern.attribute.split.estimator import REGIME_SIGMA
 from llmkern.attribute.time.per_unit import labelled
-from llmkern.estimate import Estimate
+from llmkern.estimate import DRAWS, Estimate
 from llmkern.explain.roofline import roofline
 from llmkern.explain.schedule import Schedule, schedule
 
@@ -203,6 +204,8 @@ def _fused_layers(case: _Case) -> _Change | None:
         waits=np.zeros(len(plan.waits), bool),
         waits_inside=np.zeros(len(plan.waits), bool),
         launched=first,
+        # Each is launched before its predecessor ends, and reads its weights ahead (programmatic dependent launch).
+        gap_ns=0.0,
     )
     head = (case.kernels["module"] == _HEAD) & case.kernels["kind"].isin(_PRODUCTS)
     return _Change(plan, gone(case.kernels), factor(case.kernels), np.where(head, _SHORTLIST, 1.0))
@@ -237,8 +240,8 @@ FIXES = (
     Fix(
         "fused-layers",
         "layers of products and attention alone, every step one graph, tokens chosen on the device (--engine fused)",
-        f"products read their weights at {ROOF:.0%} of the bandwidth, half of a head in 16 bits, and what is "
-        "fused into them costs nothing",
+        f"products read their weights at {ROOF:.0%} of the bandwidth, half of a head in 16 bits, what is fused into "
+        "them costs nothing, and each kernel is launched before its predecessor ends",
         _fused_layers,
     ),
     Fix(
@@ -337,12 +340,16 @@ def _predicted(fix: Fix, account: PhaseAccount, case: _Case, change: _Change) ->
     after_s = latency.map(seconds)
     joule = None
     if energy is not None and account.floor_w is not None and account.kernel_j is not None:
-        dynamic_j = float((case.kernels["dynamic_j"].to_numpy() * change.read)[~change.gone].sum())
-        share = dynamic_j / max(float(case.kernels["dynamic_j"].sum()), 1e-12)
+        assert account.joules is not None
+        # What the kernels that are gone took is as uncertain as the split between them and the others.
+        share = account.joules.kept(case.kernels, np.where(change.gone, 0.0, change.read))
         at_floor = account.floor_w.scaled(account.busy_s)
         residual_j = account.residual_j or 0.0
-        kept = (account.kernel_j - at_floor).map(lambda j: np.maximum(j, 0.0) * share + residual_j)
-        joule = kept + account.floor_w * after_s
+        above = (account.kernel_j - at_floor).map(lambda j: np.maximum(j, 0.0))
+        kept = above.scaled(share.value) if share.draws is None else above * share
+        # Closer together they draw more power, and there a launch may cost more or less.
+        regime = np.exp(REGIME_SIGMA * np.random.default_rng(7).standard_normal(DRAWS))
+        joule = (kept * Estimate.of(1.0, regime)).map(lambda j: j + residual_j) + account.floor_w * after_s
         if account.host_adds_w is not None:
             joule = joule + account.host_adds_w * after_s.map(lambda s: np.maximum(s - busy, 0.0))
     return Prediction(

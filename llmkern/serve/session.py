@@ -27,6 +27,9 @@ from llmkern.workload.engine import attention
 
 # Rests before and after, for the floor.
 _REST_S, _RESTS = 1.2, 3
+# While requests are served a tick a second: a read of the counter holds up launches for some 3 ms, and what iterations
+# take between two ticks the driver's power samples say.
+_TICK_S = 1.0
 # What is warmed up with: every kernel, at a batch of some.
 _WARMUP, _WARMUP_S = 4, 600.0
 
@@ -133,6 +136,7 @@ def arrive(rig: Rig, work: Arriving) -> None:
         work.log.drain()
         try:
             with rig.stages.stage(f"Serving {len(work.prompts)} requests: {work.made.pattern}"):
+                rig.pace(_TICK_S)
                 rig.wait_for_ticks(1)
                 with rig.annotator.range(f"serve {work.made.pattern}", WINDOW):
                     send_all(work.made, work.prompts, work.server, work.limits, pump.check, sent)

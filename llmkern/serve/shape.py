@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
 from llmkern.errors import UsageError
 from llmkern.estimate import Estimate
-from llmkern.serve.statement import Arrivals
+from llmkern.serve.statement import Arrivals, ratio
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,10 @@ def best(shapes: list[Shape]) -> Shape | None:
     return min(held, key=lambda one: one.joules.value) if held else None
 
 
-def told(shapes: list[Shape], rate: float, limit_s: float) -> str:
-    """Return in a sentence which shape is best, and whether noise could have chosen it."""
+def told(
+    shapes: list[Shape], rate: float, limit_s: float, of: Callable[[Arrivals, Arrivals], Estimate | None] = ratio
+) -> str:
+    """Return in a sentence which shape is best, and whether noise could have chosen it; *of* says who takes more."""
     found = best(shapes)
     if found is None:
         soonest = min(shapes, key=lambda one: one.wait_s)
@@ -95,8 +95,9 @@ def told(shapes: list[Shape], rate: float, limit_s: float) -> str:
     words = f"At {rate:g} requests a second {found.result.pattern} takes least within {limit_s:g} s"
     if found is plain:
         return f"{words}: requests one by one, for larger bursts take more or come too late."
-    saved = found.joules.of_another_run().with_(plain.joules, lambda a, b: 1 - np.divide(a, b))
-    if not saved.is_known:
+    share = of(found.result, plain.result)
+    saved = None if share is None else share.map(lambda value: 1 - value)
+    if saved is None or not saved.is_known:
         return f"{words}, but that cannot be told from requests one by one."
     return (
         f"{words}: {saved.value:.1%} [{saved.low:.1%}, {saved.high:.1%}] less a request than one by one, with a first "

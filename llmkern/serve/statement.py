@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from llmkern.attribute.iterations import IterationKind, iteration_kinds
-from llmkern.attribute.requests import Served, served
+from llmkern.attribute.requests import Served, relative, served
 from llmkern.errors import LlmkernError
 from llmkern.estimate import Estimate
 from llmkern.runfolder import RunFolder
@@ -27,7 +27,7 @@ class Arrivals:
     """One run: how requests came, what a finished one took, and how long people waited.
 
     Percentiles (50, 90, 99) are in s from the intended moment; ``between_s`` is the mean time between the tokens of a
-    request. ``saved`` is the share of the J of a request that the sequential run beside it takes more.
+    request. ``saved`` is the share of the J of a request that the sequential run beside it takes more (see relative).
     """
 
     pattern: str
@@ -65,17 +65,20 @@ def state(folders: list[Path], failed: dict[str, str]) -> ServeStatement:
             found.append(read(folder))
         except LlmkernError as error:
             missing[folder.name] = str(error)
-    base = next((one.request_j for one in found if one.pattern == SEQUENTIAL), None)
+    base = next((one for one in found if one.pattern == SEQUENTIAL), None)
     if base is not None:
         found = [_beside(one, base) for one in found]
     return ServeStatement(tuple(found), missing, tuple(_doubts(found)))
 
 
-def _beside(one: Arrivals, base: Estimate) -> Arrivals:
-    if one.request_j is None or one.pattern == SEQUENTIAL:
-        return one
-    ratio = one.request_j.of_another_run().with_(base, np.divide)
-    return replace(one, saved=ratio.map(lambda share: 1 - share))
+def ratio(one: Arrivals, other: Arrivals) -> Estimate | None:
+    """Return what a request takes in *one* as a multiple of *other*; None without joules of both."""
+    return relative(one.found, other.found)
+
+
+def _beside(one: Arrivals, base: Arrivals) -> Arrivals:
+    share = None if one is base else ratio(one, base)
+    return one if share is None else replace(one, saved=share.map(lambda value: 1 - value))
 
 
 def read(folder: Path) -> Arrivals:

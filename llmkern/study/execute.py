@@ -18,7 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmkern.errors import LlmkernError, RecordingError, RunFolderError, UsageError
+from llmkern.errors import InterruptedRunError, LlmkernError, RecordingError, RunFolderError, UsageError
+from llmkern.record import signals
 from llmkern.runfolder import RunFolder
 from llmkern.study.cost import Costs
 from llmkern.study.plan import Configuration
@@ -207,7 +208,7 @@ def execute(study: Study, tasks: list[Task], work: Work, order: Order, say: Call
 
 
 def in_child(folder: Path, task: Named, work: Work) -> tuple[int, Path]:
-    """Run *task* in a new process and return its exit code and its log."""
+    """Run *task* in a new process and return its exit code and its log; raises InterruptedRunError for a signal."""
     log = folder / LOGS / f"{task.name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     options = {**task.options, "out": folder / RUNS / task.name, "force": True}
@@ -215,7 +216,7 @@ def in_child(folder: Path, task: Named, work: Work) -> tuple[int, Path]:
     process.start()
     try:
         process.join()
-    except BaseException:
+    except BaseException as error:
         # A signal that came to us alone has to reach it; what it recorded it keeps.
         with suppress(ProcessLookupError, ValueError):
             process.terminate()
@@ -223,6 +224,13 @@ def in_child(folder: Path, task: Named, work: Work) -> tuple[int, Path]:
         if process.is_alive():
             process.kill()
             process.join()
+        if isinstance(error, KeyboardInterrupt):
+            came = signals.came() or signal.SIGINT
+            raise InterruptedRunError(
+                f"ended by {came.name}: what is complete is kept in {folder / RUNS}, and the same command goes on with "
+                "the rest.",
+                128 + int(came),
+            ) from error
         raise
     return process.exitcode if process.exitcode is not None else 1, log
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmkern.attribute.iterations import iteration_kinds
-from llmkern.attribute.requests import Served, served
+from llmkern.attribute.requests import Served, relative, served
 from llmkern.errors import UsageError
 from llmkern.runfolder import RunFolder, RunWriter
 from llmkern.runfolder.facts import DeviceFacts
@@ -32,10 +32,12 @@ def made(
     requests: int,
     between_w: float = 0.0,
     recorded: list[Recorded] | None = None,
+    sampled: bool = False,
 ) -> RunFolder:
     """Write a run whose server idles so many s before each of *steps* (s, tokens of prefill and decode by request).
 
-    In the window the board takes *between_w* more than at rest where no iteration runs.
+    In the window the board takes *between_w* more than at rest where no iteration runs. With *sampled* the counter is
+    read at the window's ends alone, and the driver keeps samples of the power.
     """
     device = DeviceFacts(kind="cuda", index=0, name="Synthetic GPU")
     writer = RunWriter(folder, replace(least_facts(), device=device, labels={"arrivals": "x"}))
@@ -64,6 +66,15 @@ def made(
         for start, end, _ in spans:
             idle_s = idle_s - (np.clip(ticks, start, end) - start) / S
         joule = joule + between_w * idle_s
+    if sampled:
+        # Off by a tenth, as another sensor may be.
+        moments = np.arange(begin_ns, end_ns + 6 * S, 20 * MS)
+        watts = 1.1 * np.diff(np.interp(moments, ticks, joule)) / 0.02
+        nothing = dict.fromkeys(("sm_clock_mhz", "temperature_c", "throttle"))
+        rows = {"timestamp_ns": moments[1:], "device": 0, "sensor": "samples", **nothing}
+        writer.append("power", {**rows, "power_mw": np.round(watts * 1e3).astype(np.int64)})
+        outside = (ticks <= window_ns) | (ticks >= end_ns)
+        ticks, joule = ticks[outside], joule[outside]
     rests = [(begin_ns + S * i, begin_ns + S * (i + 1)) for i in range(3)]
     rests += [(end_ns + S * i, end_ns + S * (i + 1)) for i in range(1, 4)]
     rows = [("idle", *rest) for rest in rests] + [("window", window_ns, end_ns)]
@@ -161,6 +172,59 @@ def test_equal_requests_in_one_batch_get_equal_joules_and_unequal_ones_by_tokens
     assert long == pytest.approx(prefill / 2, rel=0.03)
     assert one == pytest.approx(prefill / 4 + decode / 2, rel=0.03)
     assert found.iterations["batch"].to_list() == [3, *[2] * 10]
+
+
+def test_between_rare_reads_of_the_counter_the_samples_say_whose_joules(tmp_path: Path) -> None:
+    """On a real GPU a read holds up launches, so that whole windows lie between two."""
+    steps: list[tuple[float, Step]] = []
+    for number in range(6):
+        steps += [(0.0, (0.4, {2 * number: (100, 0)})), (0.0, (0.4, {2 * number + 1: (0, 1)}))]
+    found = served(made(tmp_path / "run", steps, 12, sampled=True))
+    books(found)
+    joules = found.requests["energy_j"].to_numpy()
+    assert joules[::2] == pytest.approx(0.4 * (FLOOR_W + PREFILL_W), rel=0.02)
+    assert joules[1::2] == pytest.approx(0.4 * (FLOOR_W + DECODE_W), rel=0.02)
+    assert found.power is not None
+    assert found.power["watts"].max() == pytest.approx(FLOOR_W + PREFILL_W, rel=0.02)
+
+
+def test_the_same_requests_are_held_against_themselves(tmp_path: Path) -> None:
+    """That one is fifty times as long as another is no doubt of what a way of serving them saves."""
+    random = np.random.default_rng(2)
+    seconds = np.exp(random.uniform(np.log(0.1), np.log(5.0), 30))
+    runs = [
+        served(made(tmp_path / str(part), [(0.2, (part * s, {n: (9, 0)})) for n, s in enumerate(seconds)], 30))
+        for part in (0.5, 1.0)
+    ]
+    own = [run.per_request_j() for run in runs]
+    ratio = relative(*runs)
+    assert ratio is not None
+    assert own[0] is not None
+    assert own[1] is not None
+    assert ratio.value == pytest.approx(own[0].value / own[1].value)
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.low < ratio.value < ratio.high
+    assert ratio.high - ratio.low < 0.1 * ratio.value
+    alone = own[0].of_another_run().with_(own[1], np.divide)
+    assert alone.low is not None
+    assert alone.high is not None
+    assert alone.high - alone.low > 4 * (ratio.high - ratio.low)
+    # Other requests tell of the ratio what their intervals do.
+    fewer = served(made(tmp_path / "fewer", [(0.2, (s, {n: (9, 0)})) for n, s in enumerate(seconds[:20])], 20))
+    unpaired = relative(runs[0], fewer)
+    assert unpaired is not None
+    assert unpaired.high is not None
+    assert unpaired.low is not None
+    assert unpaired.high - unpaired.low > 4 * (ratio.high - ratio.low)
+
+
+def test_no_request_takes_less_than_nothing(tmp_path: Path) -> None:
+    seconds = [0.1, 0.1, 0.1, 0.1, 0.1, 8.0]
+    found = served(made(tmp_path / "run", [(0.2, (s, {n: (9, 0)})) for n, s in enumerate(seconds)], 6)).per_request_j()
+    assert found is not None
+    assert found.low is not None
+    assert found.low >= 0
 
 
 def test_a_request_that_nothing_answered_costs_nothing_and_the_books_still_close(tmp_path: Path) -> None:

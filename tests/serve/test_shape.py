@@ -36,6 +36,11 @@ def server(noise: float = 0.01, energy: bool = True) -> Any:
     return measure
 
 
+def apart(one: Any, other: Any) -> Any:
+    """The ratio of two that share no request."""
+    return one.request_j.of_another_run().with_(other.request_j, np.divide)
+
+
 def test_the_largest_bursts_that_hold_the_limit_are_found() -> None:
     measure = server()
     shapes = find_shape(measure, 2.0, 1.2, 64)
@@ -48,7 +53,7 @@ def test_the_largest_bursts_that_hold_the_limit_are_found() -> None:
     assert [one.holds for one in shapes] == [True] * 5 + [False]
     # Dearer and sooner, cheaper and later: all of these are choices.
     assert all(one.on_frontier for one in shapes)
-    sentence = told(shapes, 2.0, 1.2)
+    sentence = told(shapes, 2.0, 1.2, apart)
     assert "burst:11@5.5 takes least within 1.2 s: 81.8%" in sentence
 
 
@@ -61,7 +66,7 @@ def test_every_shape_keeps_the_rate() -> None:
 def test_where_nothing_holds_the_limit_it_is_said() -> None:
     shapes = find_shape(server(), 2.0, 0.01, 64)
     assert best(shapes) is None
-    assert "no shape lets 99 %" in told(shapes, 2.0, 0.01)
+    assert "no shape lets 99 %" in told(shapes, 2.0, 0.01, apart)
 
 
 def test_what_noise_could_have_chosen_is_said() -> None:
@@ -70,7 +75,7 @@ def test_what_noise_could_have_chosen_is_said() -> None:
         draws = joules * (1 + 0.1 * np.random.default_rng(len(pattern)).standard_normal(10_000))
         return Result(pattern, Estimate.of(joules, draws), (0.1, 0.1, 0.1))
 
-    assert "cannot be told from requests one by one" in told(find_shape(flat, 2.0, 1.0, 8), 2.0, 1.0)
+    assert "cannot be told from requests one by one" in told(find_shape(flat, 2.0, 1.0, 8), 2.0, 1.0, apart)
 
 
 def test_without_energy_there_is_nothing_to_choose_by() -> None:

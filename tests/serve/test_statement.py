@@ -24,6 +24,7 @@ from llmkern.runfolder.document import encode
 from llmkern.serve.figures import figures, over_time
 from llmkern.serve.statement import ServeStatement, state
 from tests.serve.test_requests import DECODE_W, FLOOR_W, PREFILL_W, Step, made
+from tests.serve.test_shape import apart
 
 COUNT = 20
 
@@ -122,6 +123,7 @@ def test_what_was_answered_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     _, told = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "Traceback" not in told
+    assert "ended by SIGINT: what is complete is kept in out/runs, and the same command goes on" in told
     run = RunFolder(partial)
     assert run.status == "interrupted"
     requests = run.table("requests")
@@ -138,7 +140,8 @@ def test_the_bench_says_whether_the_studys_order_holds() -> None:
         (
             *(arrivals("sequential", 90.0, 0.01), arrivals("burst", 40.0, 0.01), arrivals("fixed:0.05", 30.0, 0.3)),
             *(arrivals("fixed:0.5", 80.0, 0.01), arrivals("uniform:0-1", 32.0, 0.01)),
-        )
+        ),
+        apart,
     )
     # Of two fixed intervals the one that takes least stands for them.
     assert [(one["less"], one["more"], one["holds"]) for one in found] == [
@@ -146,5 +149,5 @@ def test_the_bench_says_whether_the_studys_order_holds() -> None:
         ("uniform:0-1", "burst", True),
         ("burst", "sequential", True),
     ]
-    (other,) = order((arrivals("burst", 90.0, 0.01), arrivals("sequential", 40.0, 0.01)))
+    (other,) = order((arrivals("burst", 90.0, 0.01), arrivals("sequential", 40.0, 0.01)), apart)
     assert other["holds"] is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 
 from llmkern.runfolder import RunFolder
 
@@ -36,6 +37,32 @@ class EnergyCurve:
         if after + 1 < len(self.tick_ns) and self.tick_ns[after] < end_ns + period_ns:
             after += 1
         return int(self.tick_ns[before]), int(self.tick_ns[after]), float(self.tick_j[after] - self.tick_j[before])
+
+
+def between_ticks(curve: EnergyCurve, power: pd.DataFrame) -> EnergyCurve:
+    """Return *curve* with what lies between its ticks as the samples in *power* (of all that it counts) say.
+
+    A sample is the mean power in W since the one before; what the counter moved from tick to tick stays. Between ticks
+    without a sample the curve is straight, as it was.
+    """
+    kept = power[power["sensor"] == "samples"].sort_values("timestamp_ns")
+    every = [rows for _, rows in kept.groupby("device") if len(rows) > 1]
+    if not every or len(curve) < 2:
+        return curve
+    times = np.unique(np.concatenate([curve.tick_ns, kept["timestamp_ns"].to_numpy(np.int64)]))
+    times = times[(times >= curve.tick_ns[0]) & (times <= curve.tick_ns[-1])]
+    rose = np.zeros(len(times))
+    for rows in every:
+        at_ns = rows["timestamp_ns"].to_numpy(np.int64)
+        # The last holds on: where the driver kept none, and after the end.
+        place = np.searchsorted(at_ns, times, side="left").clip(max=len(at_ns) - 1)
+        rose[1:] += rows["power_mw"].to_numpy(float)[place[1:]] * np.diff(times)
+    total = np.cumsum(rose)
+    tick = np.searchsorted(times, curve.tick_ns)
+    first = np.searchsorted(curve.tick_ns, times, side="right").clip(1, len(curve) - 1) - 1
+    own, length = total - total[tick[first]], total[tick[first + 1]] - total[tick[first]]
+    joule = curve.tick_j[first] + (curve.tick_j[first + 1] - curve.tick_j[first]) * own / np.maximum(length, 1e-12)
+    return EnergyCurve(times, np.where(length > 0, joule, curve.at(times)) * 1e3)
 
 
 def counter_of(run: RunFolder, sensor: str, device: int | None) -> EnergyCurve | None:

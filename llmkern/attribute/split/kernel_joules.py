@@ -39,6 +39,10 @@ class KernelJoules(Protocol):
         """Return what the *chosen* of *rows*, which are all of the phase, take together."""
         ...
 
+    def kept(self, rows: pd.DataFrame, kept: np.ndarray) -> Estimate:
+        """Return which share of the joules above the floor is left if *kept* (0 to 1) of each of *rows* is."""
+        ...
+
 
 def summed(rows: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
     """Return launches and duration_ns of *rows* summed over *keys*, the longest first, without energies."""
@@ -118,19 +122,32 @@ class EqualPower:
             return None
         if not self.unlike:
             return np.outer(share, total)
-        # Of a class the same power whatever else is asked for.
-        classes, names = pd.factorize(rows["kernel_class" if "kernel_class" in rows else "name"].astype(object))
-        seeds = [zlib.crc32(str(name).encode()) for name in names]
-        drawn = [np.random.default_rng(seed).standard_t(_POWERS_FREEDOM, len(total)) for seed in seeds]
-        powers = np.exp(np.clip(_POWERS_SIGMA * np.array(drawn), -5.0, 5.0))
-        duration_ns = np.zeros((len(share), len(names)))
+        classes, powers = self._powers(rows, len(total))
+        duration_ns = np.zeros((len(share), len(powers)))
         np.add.at(duration_ns, (group, classes), rows["duration_ns"].to_numpy(float))
-        size = duration_ns @ powers.reshape(len(names), len(total))
+        size = duration_ns @ powers
         by_size = size / np.maximum(size.sum(axis=0), 1e-12)
         floor_w = self.floor_w.value if self.floor_w.draws is None else self.floor_w.draws
         at_floor = np.minimum(floor_w * self.busy_s, total)
         result: np.ndarray = np.outer(share, at_floor) + by_size * (total - at_floor)
         return result
+
+    def _powers(self, rows: pd.DataFrame, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the class of each of *rows*, and what each class may draw: factors [classes, *count*]."""
+        classes, names = pd.factorize(rows["kernel_class" if "kernel_class" in rows else "name"].astype(object))
+        # Of a class the same power whatever else is asked for.
+        seeds = [zlib.crc32(str(name).encode()) for name in names]
+        drawn = [np.random.default_rng(seed).standard_t(_POWERS_FREEDOM, count) for seed in seeds]
+        return classes, np.exp(np.clip(_POWERS_SIGMA * np.array(drawn).reshape(len(names), count), -5.0, 5.0))
+
+    def kept(self, rows: pd.DataFrame, kept: np.ndarray) -> Estimate:
+        duration_ns = rows["duration_ns"].to_numpy(float)
+        value = float(duration_ns @ kept) / max(float(duration_ns.sum()), 1e-12)
+        if self.total.draws is None or not self.unlike:
+            return Estimate(value)
+        classes, powers = self._powers(rows, len(self.total.draws))
+        left, whole = (np.bincount(classes, ns, len(powers)) @ powers for ns in (duration_ns * kept, duration_ns))
+        return Estimate.of(value, left / np.maximum(whole, 1e-12))
 
     def dynamic(self, rows: pd.DataFrame) -> np.ndarray:
         share = rows["duration_ns"].to_numpy(float) / max(float(rows["duration_ns"].sum()), 1.0)
@@ -218,6 +235,15 @@ class MarginalJoules:
         factor, factors = self._limit
         value = (self.floor_w * at_floor_s + float(self.launch_j @ launches)) * factor
         return Estimate.of(value, (self.floor_draws_w * at_floor_s + self.launch_draws_j @ launches) * factors)
+
+    def kept(self, rows: pd.DataFrame, kept: np.ndarray) -> Estimate:
+        column, launches = self._columns(rows), rows["launches"].to_numpy(float)
+        known = column >= 0
+        left, whole = (
+            np.bincount(column[known], count[known], len(self.classes)) for count in (launches * kept, launches)
+        )
+        value = float(self.launch_j @ left) / max(float(self.launch_j @ whole), 1e-12)
+        return Estimate.of(value, (self.launch_draws_j @ left) / np.maximum(self.launch_draws_j @ whole, 1e-12))
 
     def _at_floor(self, duration_ns: np.ndarray) -> np.ndarray:
         """Return the seconds of floor that kernels of *duration_ns* stand for: those that overlap share it."""
