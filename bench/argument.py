@@ -55,8 +55,7 @@ def _case(difference: Difference, name: str) -> dict[str, Any]:
             "energy_error": metric(checked.energy_error or 0.0, "1"),
         }
     for row in difference.bars.to_dict("records"):
-        name = f"{row['part']}: {row['name']}"
-        metrics[name] = {
+        metrics[f"{row['part']}: {row['name']}"] = {
             **{"value": row["change_j"], "low": row["low_j"], "high": row["high_j"], "unit": "J", "samples": 1},
             "interval": "95 % confidence",
         }

@@ -243,7 +243,7 @@ def _batches(found: list[dict[str, Any]]) -> list[str]:
 
 
 def _share(metrics: dict[str, Any], name: str, places: int) -> str:
-    return f"{metrics[name]['value']:.{places}%}" if name in metrics else "–"
+    return f"{abs(metrics[name]['value']):.{places}%}" if name in metrics else "–"
 
 
 if __name__ == "__main__":
