@@ -128,7 +128,7 @@ def _pair(with_it: ServeStatement, without: ServeStatement) -> list[dict[str, An
 
 def by_batch(arrivals: tuple[Arrivals, ...]) -> list[dict[str, Any]]:
     """Return what iterations that only decode take by how many requests are in them, over all patterns."""
-    spans = pd.concat([one.found.iterations for one in arrivals])
+    spans = pd.concat([run.iterations for one in arrivals for run in one.runs])
     spans = spans[(spans["prefill_tokens"] == 0) & spans["energy_j"].notna()]
     found = []
     for low, high in pairwise(_BATCHES):
@@ -159,11 +159,14 @@ def _case(one: Arrivals) -> dict[str, Any]:
         "own_j": (one.own_j, "J"),
         "saved": (one.saved, "1"),
         "idle_share": (one.idle_share, "1"),
-        "residual_share": (found.residual_j / found.counter_j if found.counter_j else None, "1"),
+        "residual_share": (
+            max((r.residual_j / r.counter_j for r in one.runs if r.counter_j), key=abs, default=None),
+            "1",
+        ),
         "mean_w": (one.mean_w, "W"),
         "mean_batch": (one.mean_batch, "1"),
         "busy_share": (one.busy_share, "1"),
-        "window_s": (found.seconds, "s"),
+        "window_s": (sum(run.seconds for run in one.runs), "s"),
         "drain_s": (found.drain_s, "s"),
         "late_s": (one.latest_s, "s"),
     }
@@ -182,7 +185,8 @@ def _case(one: Arrivals) -> dict[str, Any]:
             )
         }
     metrics = {name: metric(value, unit) for name, (value, unit) in known.items() if value is not None}
-    return case(one.pattern, {"requests": len(found.requests), "status": one.status}, metrics, None)
+    parameters = {"requests": len(found.requests), "runs": len(one.runs), "status": one.status}
+    return case(one.pattern, parameters, metrics, None)
 
 
 def table(document: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import sys
 from pathlib import Path
@@ -136,6 +137,13 @@ def work(options: dict[str, Any], log: str) -> None:
     show_default=True,
     help="So many come once more with every kernel recorded (not by URL); 0 records none.",
 )
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, 100),
+    default=1,
+    show_default=True,
+    help="Serve every pattern so often, in rounds of random order: 3 or more say what comes and goes from run to run.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of weights and requests.")
 @common.out("Folder of the runs.  [default: serving/MODEL-PRECISION]")
 @click.option("--force", is_flag=True, help="Serve patterns again that are there.")
@@ -154,6 +162,7 @@ def command(
     find_shape: bool,
     rate: float | None,
     p99_ttft: float | None,
+    repeats: int,
     **asked: Any,
 ) -> None:
     """Serve requests that arrive in different ways, and say what one of them takes: joules, idle joules, waiting.
@@ -193,19 +202,23 @@ def command(
     options |= {name: asked[name] for name in ("url", "gpus", "start")}
     options |= {"prompts": asked["prompt_tokens"], "answers": asked["new_tokens"], "max_requests_per_batch": max_batch}
     everything = {**options, "trace": {"model": model, **trace}}
+    everything["asked"] = ", ".join(f"{name} {value}" for name, value in _told(everything).items())
     if find_shape:
         assert rate is not None
         assert p99_ttft is not None
         patterns, said = _search(folder, everything, (rate, p99_ttft), force)
         failed = {}
     else:
-        failed, said = _serve_all(folder, patterns, everything, force), ""
+        failed, said = dict[str, str](), ""
+        for number, order in enumerate(_rounds(patterns, repeats, asked["seed"]), start=1):
+            failed |= _serve_all(folder, order, everything, force, number)
 
     with common.importing():
         from llmkern.report.serve import print_serve, serve_document
         from llmkern.serve.statement import state
         from llmkern.study.execute import RUNS
-    statement = state([folder / RUNS / name_of(p) for p in patterns if name_of(p) not in failed], failed)
+    names = [name_of(p, number) for number in range(1, repeats + 1) for p in patterns]
+    statement = state([folder / RUNS / name for name in names if name not in failed], failed)
     if page is not None and statement.arrivals:
         from llmkern.report.serve_page import write_serve_page
 
@@ -220,7 +233,16 @@ def command(
         if said:
             click.echo(f"\n{said}")
     if statement.failed:
-        raise LlmkernError(f"{len(statement.failed)} of {len(patterns)} patterns are not here; the reasons are above.")
+        what = "patterns" if repeats == 1 else "runs"
+        raise LlmkernError(f"{len(statement.failed)} of {len(names)} {what} are not here; the reasons are above.")
+
+
+def _rounds(patterns: tuple[str, ...], repeats: int, seed: int) -> list[tuple[str, ...]]:
+    """Return in which order *patterns* are served in each round: what drifts must not fall on the same ones."""
+    if repeats == 1:
+        return [patterns]
+    generator = random.Random(seed)
+    return [tuple(generator.sample(patterns, len(patterns))) for _ in range(repeats)]
 
 
 def _search(
@@ -244,13 +266,16 @@ def _search(
     return tuple(one.result.pattern for one in shapes), f"{told(shapes, rate, limit_s)} Frontier: {frontier}."
 
 
-def name_of(pattern: str) -> str:
-    """Return *pattern* (or a model's name) as the name of a folder."""
-    return re.sub(r"[^\w.-]+", "-", pattern).strip("-.") or "arrivals"
+def name_of(pattern: str, number: int = 1) -> str:
+    """Return *pattern* (or a model's name) as the name of a folder, of its run *number*."""
+    name = re.sub(r"[^\w.-]+", "-", pattern).strip("-.") or "arrivals"
+    return name if number == 1 else f"{name}.run-{number}"
 
 
-def _serve_all(folder: Path, patterns: tuple[str, ...], options: dict[str, Any], force: bool) -> dict[str, str]:
-    """Serve every pattern that is not there yet, and return why others failed, by the names of their folders."""
+def _serve_all(
+    folder: Path, patterns: tuple[str, ...], options: dict[str, Any], force: bool, number: int = 1
+) -> dict[str, str]:
+    """Serve every pattern whose run *number* is not there yet, and return why others failed, by names of folders."""
     from dataclasses import dataclass
 
     from llmkern.runfolder import RunFolder
@@ -264,23 +289,64 @@ def _serve_all(folder: Path, patterns: tuple[str, ...], options: dict[str, Any],
     failed = {}
     with held(folder):
         for pattern in patterns:
-            target = folder / RUNS / name_of(pattern)
+            target = folder / RUNS / name_of(pattern, number)
             if not force and _there(target, options, pattern, RunFolder):
                 click.echo(f"{pattern}: there already, kept.", err=True)
                 continue
-            click.echo(f"Serving {pattern} …", err=True)
-            task = Pattern(target.name, {**options, "arrivals": pattern})
+            click.echo(f"Serving {pattern}{'' if number == 1 else f', run {number}'} …", err=True)
+            # What iterations consist of one run says.
+            recorded = options["record_requests"] if number == 1 else 0
+            task = Pattern(target.name, {**options, "arrivals": pattern, "record_requests": recorded})
             code, log = in_child(folder, task, work)
             if code:
                 failed[target.name] = why(log, code)
     return failed
 
 
+def _told(options: dict[str, Any]) -> dict[str, Any]:
+    """Return by name all that a run must have been asked for to be one of these; what it records is none of it."""
+    trace = options["trace"]
+    lengths = {name: "-".join(map(str, options[key][2:])) for name, key in (("prompts", "prompts"), ("new", "answers"))}
+    limits = {
+        name: options[key]
+        for name, key in (
+            ("in flight", "max_in_flight"),
+            ("batch tokens", "max_batch_tokens"),
+            ("batch", "max_requests_per_batch"),
+        )
+        if options[key] is not None
+    }
+    found = {"model": trace["model"], "requests": options["requests"], **lengths, "seed": trace["seed"], **limits}
+    if options["url"] is not None:
+        return {**found, "server": options["url"].rpartition("@")[2]}
+    found |= {"precision": trace["precision"], "weights": trace["weights"]}
+    return {**found, "cuDNN's attention": "yes" if trace["cudnn_attention"] else "no"}
+
+
 def _there(target: Path, options: dict[str, Any], pattern: str, reader: Any) -> bool:
+    """Return whether the run *target* is there and complete; raises UsageError where it is one of something else."""
     try:
         run = reader(target)
     except LlmkernError:
         return False
-    labels = run.facts.labels
-    same = labels.get("arrivals") == pattern and labels.get("requests") == str(options["requests"])
-    return bool(run.complete and same and run.facts.options.model == options["trace"]["model"])
+    if not run.complete:
+        return False
+    labels, asked = run.facts.labels, options["asked"]
+    count, model = labels.get("requests", "0"), run.facts.options.model
+    # Runs of an earlier llmkern say no more than these.
+    told = labels.get("asked") or asked
+    if (
+        labels.get("arrivals") == pattern
+        and told == asked
+        and (count, model)
+        == (
+            str(options["requests"]),
+            options["trace"]["model"],
+        )
+    ):
+        return True
+    was = told if told != asked else f"{labels.get('arrivals', 'no arrivals')}, {count} requests to {model}"
+    raise UsageError(
+        f"{target} is there and of something else ({was}; now {asked}): choose another folder with --out, or add "
+        "--force."
+    )

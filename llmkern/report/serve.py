@@ -13,7 +13,7 @@ from llmkern.report.heading import called
 from llmkern.report.records import estimate_facts
 from llmkern.report.study import print_open
 from llmkern.runfolder.vocabulary import PREFILL
-from llmkern.serve.statement import SEQUENTIAL, Arrivals, ServeStatement
+from llmkern.serve.statement import SEQUENTIAL, Arrivals, Served, ServeStatement
 from llmkern.text import percent, quantity, short_name, signed, with_interval
 
 
@@ -99,18 +99,24 @@ def iteration_rows(one: Arrivals, *, wide: bool) -> list[list[str]]:
 
 
 def told_of(one: Arrivals) -> list[str]:
-    """Return what the counter of one pattern is the sum of, and what came after its last request."""
-    found = one.found
+    """Return what the counter of each run of a pattern is the sum of, and what came after its last request."""
+    several = len(one.runs) > 1
+    names = [f"{one.pattern}, run {n}" if several else one.pattern for n in range(1, len(one.runs) + 1)]
+    return [line for name, run in zip(names, one.runs, strict=True) for line in _books(name, run, one.pattern)]
+
+
+def _books(name: str, found: Served, pattern: str) -> list[str]:
     if found.counter_j is None or found.idle_j is None or not found.counter_j:
         return []
     parts = [f"requests {quantity(found.requests_j, 'J')}", f"idle {quantity(found.idle_j, 'J')}"]
     if found.unclaimed_j > 0:
         parts.append(f"iterations of no request {quantity(found.unclaimed_j, 'J')}")
-    counter, rest = quantity(found.counter_j, "J"), found.residual_j / found.counter_j
-    told = [f"{one.pattern}: {' + '.join(parts)} = counter {counter}, but for {rest:+.2%} of it."]
-    if found.drain_s > 0 and found.drain_j is not None and one.pattern != SEQUENTIAL:
+    # Nothing is no less than nothing.
+    counter, rest = quantity(found.counter_j, "J"), round(found.residual_j / found.counter_j, 4) + 0.0
+    told = [f"{name}: {' + '.join(parts)} = counter {counter}, but for {rest:+.2%} of it."]
+    if found.drain_s > 0 and found.drain_j is not None and pattern != SEQUENTIAL:
         told.append(
-            f"{one.pattern}: {quantity(found.drain_s, 's')} and {quantity(found.drain_j, 'J')} of it after the last "
+            f"{name}: {quantity(found.drain_s, 's')} and {quantity(found.drain_j, 'J')} of it after the last "
             "request had come."
         )
     return told
@@ -134,6 +140,21 @@ def serve_document(statement: ServeStatement) -> dict[str, Any]:
     }
 
 
+def _run(run: Served) -> dict[str, Any]:
+    estimate, known = run.per_request_j(), run.counter_j is not None
+    return {
+        "window_s": run.seconds,
+        "request_j": None if estimate is None else estimate.value,
+        "counter_j": run.counter_j,
+        "requests_j": run.requests_j if known else None,
+        "idle_j": run.idle_j,
+        "unclaimed_j": run.unclaimed_j,
+        "residual_j": run.residual_j if known else None,
+        "drain_s": run.drain_s,
+        "drain_j": run.drain_j,
+    }
+
+
 def _facts(one: Arrivals) -> dict[str, Any]:
     names = ("50", "90", "99")
     return {
@@ -141,17 +162,10 @@ def _facts(one: Arrivals) -> dict[str, Any]:
         "request_j": estimate_facts(one.request_j),
         "request_without_idle_j": estimate_facts(one.own_j),
         "saved": estimate_facts(one.saved),
-        "counter_j": one.found.counter_j,
-        "requests_j": one.found.requests_j if one.found.counter_j is not None else None,
-        "idle_j": one.found.idle_j,
-        "unclaimed_j": one.found.unclaimed_j,
-        "residual_j": one.found.residual_j if one.found.counter_j is not None else None,
-        "drain_s": one.found.drain_s,
-        "drain_j": one.found.drain_j,
+        "runs": [_run(run) for run in one.runs],
         "mean_w": one.mean_w,
         "mean_batch": one.mean_batch,
         "busy_share": one.busy_share,
-        "window_s": one.found.seconds,
         **{key: dict(zip(names, getattr(one, key), strict=False)) for key in ("ttft_s", "between_s", "latency_s")},
         "status": one.status,
         "iterations": [

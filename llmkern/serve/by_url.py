@@ -69,6 +69,7 @@ def serve_by_url(options: ServeOptions, asked: Asked, stages: Stages) -> Path:
         host=environment.host(),
         versions=environment.versions(),
         labels={"arrivals": made.pattern, "requests": str(len(prompts)), "server": _plain(asked.address.url)}
+        | {"asked": options.asked}
         | ({"gpus": ",".join(map(str, asked.gpus))} if asked.gpus else {}),
     )
     writer = RunWriter(target, facts, force=options.trace.force)

@@ -49,6 +49,8 @@ class ServeOptions:
     patience_s: float = 600.0
     # So many of them come once more, after the window, with every kernel recorded.
     record_requests: int = 0
+    # All that two runs must have in common to be of the same requests to the same server.
+    asked: str = ""
 
 
 def planned(options: ServeOptions) -> Schedule:
@@ -83,7 +85,8 @@ def serve(options: ServeOptions, stages: Stages) -> Path:
     writer = RunWriter(job.target, job.facts(), force=trace.force)
     with recording(writer, job.out_of_memory()), attention(cudnn=trace.cudnn_attention):
         rig = assemble(job, writer, stages)
-        writer.note(labels={"arrivals": made.pattern, "requests": str(len(made.arrivals)), "server": "in process"})
+        labels = {"arrivals": made.pattern, "requests": str(len(made.arrivals)), "server": "in process"}
+        writer.note(labels=labels | {"asked": options.asked})
         record(rig, options, made)
         with signals.deferred():
             finish(writer, stages, elapsed_s=round(time.monotonic() - started_s, 3), clock=rig.clock.facts())

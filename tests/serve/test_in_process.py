@@ -83,7 +83,8 @@ def test_requests_share_iterations_when_they_come_together(
     _, told = runs
     assert told["sequential"]["mean_batch"] == pytest.approx(1.0)
     assert float(str(told["burst"]["mean_batch"])) > 3
-    assert float(str(told["sequential"]["window_s"])) > 0
+    (run,) = told["sequential"]["runs"]  # type: ignore[misc, attr-defined]
+    assert run["window_s"] > 0
 
 
 def test_what_is_there_is_kept(runs: tuple[Path, dict[str, dict[str, object]]]) -> None:
@@ -93,7 +94,32 @@ def test_what_is_there_is_kept(runs: tuple[Path, dict[str, dict[str, object]]]) 
     assert again.returncode == 0, again.stderr
     assert "burst: there already, kept" in again.stderr
     assert "no energy counter could be read" in " ".join(again.stdout.split())
+    # Of other requests it is not: that is told, and what is there stays.
+    for other in (("--prompt-tokens", "4-41"), ("--seed", "1"), ("--precision", "bf16"), ("--max-batch", "2")):
+        refused = llmkern("serve-study", *SMALL, *other, "--arrivals", "burst", "--out", "out", cwd=folder.parents[1])
+        assert refused.returncode == 2
+        assert "is there and of something else" in refused.stderr
+        assert other[1] in refused.stderr
     assert (folder / "burst" / "run.json").stat().st_mtime_ns == before
+
+
+def test_patterns_are_served_in_rounds(tmp_path: Path) -> None:
+    few = ("--requests", "6", "--repeats", "2", "--arrivals", "burst", "--arrivals", "sequential", "--json")
+    done = llmkern("serve-study", *SMALL, *few, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = {one["pattern"]: one for one in json.loads(done.stdout)["arrivals"]}
+    assert {name: (one["status"], len(one["runs"])) for name, one in told.items()} == {
+        name: ({"finished": 12}, 2) for name in ("burst", "sequential")
+    }
+    names = {path.name for path in (tmp_path / "out" / "runs").iterdir()}
+    assert names == {"burst", "burst.run-2", "sequential", "sequential.run-2"}
+    # What iterations consist of the first run says.
+    assert RunFolder(tmp_path / "out" / "runs" / "burst").has("kernels")
+    second = RunFolder(tmp_path / "out" / "runs" / "burst.run-2")
+    assert not second.has("kernels") or second.table("kernels").empty
+    first = RunFolder(tmp_path / "out" / "runs" / "burst")
+    lengths = ["prompt_tokens", "output_tokens"]
+    assert first.table("requests")[lengths].equals(second.table("requests")[lengths])
 
 
 def test_a_run_that_served_is_reported_as_one(runs: tuple[Path, dict[str, dict[str, object]]], tmp_path: Path) -> None:

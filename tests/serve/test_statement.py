@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
@@ -106,6 +108,13 @@ def test_power_over_time_is_the_counters(statement: ServeStatement) -> None:
     assert burst.power["watts"].min() == pytest.approx(FLOOR_W, rel=0.01)
 
 
+def answered(partial: Path) -> int:
+    """Return how many requests of the schedule have had their three tokens, by what is on disk so far."""
+    parts = [pd.read_parquet(part) for part in partial.glob("segments/processed-*.parquet")]
+    rows = pd.concat(parts) if parts else pd.DataFrame({"request": [], "new_tokens": []})
+    return int((rows[rows["request"] < 1000].groupby("request")["new_tokens"].sum() >= 3).sum())
+
+
 def test_what_was_answered_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "llmkern", "serve-study", "--model", "qwen-tiny", "--device", "cpu"),
@@ -116,7 +125,7 @@ def test_what_was_answered_before_ctrl_c_is_kept(tmp_path: Path) -> None:
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "out" / "runs" / "fixed-0.05.partial"
     until_s = time.monotonic() + 120
-    while time.monotonic() < until_s and len(list(partial.glob("segments/iterations-*.parquet"))) < 2:
+    while time.monotonic() < until_s and answered(partial) < 5:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -151,3 +160,39 @@ def test_the_bench_says_whether_the_studys_order_holds() -> None:
     ]
     (other,) = order((arrivals("burst", 90.0, 0.01), arrivals("sequential", 40.0, 0.01)), apart)
     assert other["holds"] is False
+
+
+def test_runs_of_one_pattern_are_told_together_with_what_varies_between_them(tmp_path: Path) -> None:
+    # GIVEN three runs of each, of which the second finds a host that takes a fifth longer
+    folders = []
+    for number, slow in enumerate((1.0, 1.2, 1.0)):
+        for name, steps in (("sequential", alone()), ("burst", together())):
+            slower: list[tuple[float, Step]] = [(rest, (slow * seconds, step)) for rest, (seconds, step) in steps]
+            run = made(tmp_path / f"{name}-{number}", slower, COUNT)
+            (run.path / "run.json").write_bytes(encode(replace(run.facts, labels={"arrivals": name})))
+            folders.append(run.path)
+    told = state(folders, {})
+    first, burst = told.arrivals
+    assert (len(first.runs), len(burst.runs)) == (3, 3)
+    assert burst.status == {"finished": 3 * COUNT}
+    each = [run.per_request_j() for run in burst.runs]
+    assert burst.request_j is not None
+    assert burst.request_j.value == pytest.approx(sum(e.value for e in each if e is not None) / 3)
+    assert burst.request_j.low is not None
+    assert burst.request_j.high is not None
+    # A fifth in one of three runs is more than three equal ones would say.
+    assert burst.request_j.high - burst.request_j.low > 0.3 * burst.request_j.value
+    # It is slower in both: their ratio is known better, and by its three values.
+    assert burst.saved is not None
+    assert burst.saved.low is not None
+    assert burst.saved.high is not None
+    assert burst.saved.high - burst.saved.low < 0.05
+    document = serve_document(told)
+    runs = document["arrivals"][1]["runs"]
+    assert len(runs) == 3
+    for one in runs:
+        claimed_j = one["requests_j"] + one["idle_j"] + one["unclaimed_j"] + one["residual_j"]
+        assert claimed_j == pytest.approx(one["counter_j"])
+    console = Console(width=100, record=True, file=io.StringIO())
+    print_serve(told, console)
+    assert "burst, run 2: requests" in console.export_text()
