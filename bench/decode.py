@@ -200,6 +200,24 @@ def table(document: dict[str, Any]) -> list[str]:
     return rows + _of_steps(document)
 
 
+def saving(document: dict[str, Any]) -> list[str]:
+    """Return the lines of the README: a token of qwen-7b at batch 1, eager and fused."""
+    cases = {found["name"]: found["metrics"] for found in document["cases"]}
+    rows = ["| qwen-7b, batch 1, a token | eager | `--engine fused` | least |", "|---|---|---|---|"]
+    for precision in ("bf16", "int8", "int4"):
+        eager, fused = (cases[f"qwen-7b {precision} {engine}, batch 1"] for engine in ("eager", "fused"))
+        cells = [
+            f"{m[step]['value'] * 1e3:.3g} ms, {m[joules]['value']:.3g} J"
+            for m, step, joules in (
+                (eager, "step", "token_energy"),
+                (fused, "step", "token_energy"),
+                (fused, "least_step", "least_token_energy"),
+            )
+        ]
+        rows.append(f"| {precision} | {' | '.join(cells)} |")
+    return rows
+
+
 def _of_steps(document: dict[str, Any]) -> list[str]:
     """Return what the steps of recorded runs consist of, and what they take above the least."""
     groups = [*GROUPS, "others", "gaps"]

@@ -347,6 +347,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "attribution": attribution,
     "stretch": stretch,
     "decode": decode.table,
+    "saving": decode.saving,
     "client": client.table,
     "fused": fused.table,
     "argument": argument.table,
@@ -357,13 +358,17 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 }
 
 
+# What is made of the results of another bench.
+_OF = {"saving": "decode"}
+
+
 def filled(text: str) -> str:
     """Return *text* with what stands between ``<!-- NAME -->`` and ``<!-- end -->`` written anew."""
 
     def table(match: re.Match[str]) -> str:
         if match[1] == "report":
             return "\n".join(["<!-- report -->", *report(), "<!-- end -->"])
-        document = load(match[1])
+        document = load(_OF.get(match[1], match[1]))
         if document is None:
             raise SystemExit(f"there is no result of bench.{match[1]} under {RESULTS}: run it first.")
         lines = [*TABLES[match[1]](document), "", measured_on(document)]
