@@ -186,6 +186,8 @@ def command(
         raise UsageError(
             "--find-shape needs --rate and --p99-ttft, and finds the --arrivals by itself: leave them out."
         )
+    if find_shape and repeats > 1:
+        raise UsageError(f"--find-shape serves every shape once: leave --repeats {repeats} out.")
     if not find_shape and (rate is not None or p99_ttft is not None):
         raise UsageError("--rate and --p99-ttft are for --find-shape: add it, or give --arrivals poisson:RATE.")
     for pattern in patterns:

@@ -143,6 +143,7 @@ def test_a_run_that_served_is_reported_as_one(runs: tuple[Path, dict[str, dict[s
         (("--prompt-tokens", "9-4"), "the smaller one first"),
         (("--arrivals", "trace:absent.jsonl"), "absent.jsonl cannot be read"),
         (("--model", "qwen-8b"), "no model 'qwen-8b'"),
+        (("--find-shape", "--rate", "4", "--p99-ttft", "2s", "--repeats", "3"), "leave --repeats 3 out"),
     ],
 )
 def test_bad_arguments_are_one_sentence(tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
