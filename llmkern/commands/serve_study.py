@@ -211,9 +211,7 @@ def command(
         patterns, said = _search(folder, everything, (rate, p99_ttft), force)
         failed = {}
     else:
-        failed, said = dict[str, str](), ""
-        for number, order in enumerate(_rounds(patterns, repeats, asked["seed"]), start=1):
-            failed |= _serve_all(folder, order, everything, force, number)
+        failed, said = _serve_all(folder, _rounds(patterns, repeats, asked["seed"]), everything, force), ""
 
     with common.importing():
         from llmkern.report.serve import print_serve, serve_document
@@ -256,7 +254,7 @@ def _search(
     from llmkern.study.execute import RUNS
 
     def measure(pattern: str) -> Any:
-        failed = _serve_all(folder, (pattern,), options, force)
+        failed = _serve_all(folder, [(pattern,)], options, force)
         if failed:
             raise LlmkernError(f"{pattern} could not be served: {next(iter(failed.values()))}")
         return read(folder / RUNS / name_of(pattern))
@@ -274,10 +272,11 @@ def name_of(pattern: str, number: int = 1) -> str:
     return name if number == 1 else f"{name}.run-{number}"
 
 
-def _serve_all(
-    folder: Path, patterns: tuple[str, ...], options: dict[str, Any], force: bool, number: int = 1
-) -> dict[str, str]:
-    """Serve every pattern whose run *number* is not there yet, and return why others failed, by names of folders."""
+def _serve_all(folder: Path, rounds: list[tuple[str, ...]], options: dict[str, Any], force: bool) -> dict[str, str]:
+    """Serve the patterns of every round that are not there yet, and return why others failed, by names of folders.
+
+    Raises UsageError, before anything is served, where a run is there that is of something else.
+    """
     from dataclasses import dataclass
 
     from llmkern.runfolder import RunFolder
@@ -289,10 +288,15 @@ def _serve_all(
         options: dict[str, Any]
 
     failed = {}
+    runs = [
+        (pattern, number, folder / RUNS / name_of(pattern, number))
+        for number, patterns in enumerate(rounds, start=1)
+        for pattern in patterns
+    ]
     with held(folder):
-        for pattern in patterns:
-            target = folder / RUNS / name_of(pattern, number)
-            if not force and _there(target, options, pattern, RunFolder):
+        there = {target for pattern, _, target in runs if not force and _there(target, options, pattern, RunFolder)}
+        for pattern, number, target in runs:
+            if target in there:
                 click.echo(f"{pattern}: there already, kept.", err=True)
                 continue
             click.echo(f"Serving {pattern}{'' if number == 1 else f', run {number}'} …", err=True)
@@ -337,15 +341,8 @@ def _there(target: Path, options: dict[str, Any], pattern: str, reader: Any) -> 
     count, model = labels.get("requests", "0"), run.facts.options.model
     # Runs of an earlier llmkern say no more than these.
     told = labels.get("asked") or asked
-    if (
-        labels.get("arrivals") == pattern
-        and told == asked
-        and (count, model)
-        == (
-            str(options["requests"]),
-            options["trace"]["model"],
-        )
-    ):
+    alike = (labels.get("arrivals"), count, model) == (pattern, str(options["requests"]), options["trace"]["model"])
+    if alike and told == asked:
         return True
     was = told if told != asked else f"{labels.get('arrivals', 'no arrivals')}, {count} requests to {model}"
     raise UsageError(

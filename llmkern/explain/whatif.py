@@ -34,7 +34,8 @@ _FACTORS = (0.1, 10.0)
 class Prediction:
     """Latency and energy of one unit of *phase* if the fix *name* were made; energies are None without a counter.
 
-    The intervals hold what the weighed run leaves open, not the error of the model: a run with the fix measures that
+    The intervals hold what the weighed run leaves open, that of joules also the split between kernels that stay and
+    that go and what launches cost closer together; not the error of the model: a run with the fix measures that
     (llmkern diff BEFORE AFTER --against NAME).
     """
 
@@ -315,8 +316,6 @@ def _root(of: Callable[[float], float], ends: tuple[float, float], values: tuple
 
 def _case(attribution: Attribution, phase: str, plan: Schedule, names: pd.Index) -> _Case:
     kernels = attribution.kernels_of(phase)
-    joules = attribution.accounts[phase].joules
-    kernels = kernels.assign(dynamic_j=np.nan if joules is None else joules.dynamic(kernels))
     planned = labelled(attribution.ops, plan.op, pd.Categorical.from_codes(plan.name, categories=names))
     return _Case(phase, kernels, roofline(attribution, phase), plan, planned, plan.latency_s())
 

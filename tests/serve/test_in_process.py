@@ -171,3 +171,15 @@ def test_some_requests_come_once_more_with_every_operator_recorded(
     first = run.table("requests").set_index("request").loc[:3]
     assert again["request"].nunique() == 4
     assert again["new_tokens"].sum() == first["output_tokens"].sum()
+
+
+def test_what_is_of_something_else_is_told_before_anything_is_served(
+    runs: tuple[Path, dict[str, dict[str, object]]],
+) -> None:
+    folder, _ = runs
+    asked = ("--arrivals", "poisson:50", "--arrivals", "burst", "--seed", "3")
+    refused = llmkern("serve-study", *SMALL, *asked, "--out", "out", cwd=folder.parents[1])
+    assert refused.returncode == 2
+    assert "is there and of something else" in refused.stderr
+    assert not (folder / "poisson-50").exists()
+    assert "Serving" not in refused.stderr
