@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,14 @@ def handled() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in ENDING}
+    hook = sys.unraisablehook
+
+    def unraisable(told: Any) -> None:
+        # It came in a callback out of C or a finalizer, an import's among them: it is noted, and check() raises it.
+        if not isinstance(told.exc_value, Ended):
+            hook(told)
+
+    sys.unraisablehook = unraisable
     for number, old in before.items():
         if old is not signal.SIG_IGN:
             signal.signal(number, _handle)
@@ -42,6 +51,7 @@ def handled() -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
+        sys.unraisablehook = hook
         forget()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 import pytest
@@ -36,6 +37,36 @@ def test_a_swallowed_signal_is_raised_at_the_next_check() -> None:
         with pytest.raises(KeyboardInterrupt):
             signals.check()
     signals.check()
+
+
+def test_one_that_a_finalizer_swallows_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    """Once in some hundred runs one came in a callback of Python's own imports, and a user read 'Exception ignored'."""
+
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGHUP)
+
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("another fault")
+
+    hook = sys.unraisablehook
+    other: list[object] = []
+    sys.unraisablehook = lambda told: other.append(told.exc_value)
+    try:
+        with signals.handled():
+            one = Finalized()
+            del one
+            assert signals.came() == signal.SIGHUP
+            # What is no signal is told as ever.
+            two = Broken()
+            del two
+            with pytest.raises(signals.Ended):
+                signals.check()
+        assert [str(error) for error in other] == ["another fault"]
+    finally:
+        sys.unraisablehook = hook
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_must_happen_whole_happens_whole_and_the_signal_comes_after_it() -> None:
