@@ -231,29 +231,31 @@ def recording(writer: RunWriter, out_of_memory: str) -> Iterator[None]:
     """Whatever ends the recording early, note it in the run folder, and say where what was recorded is."""
     try:
         yield
-    except LlmkernError as error:
-        folder = writer.give_up(word.FAILED, str(error))
-        raise type(error)(f"{error}{_kept(folder)}") from error
-    except torch.OutOfMemoryError as error:
-        folder = writer.give_up(word.FAILED, out_of_memory)
-        raise OutOfMemoryError(f"{out_of_memory}{_kept(folder)}") from error
-    except KeyboardInterrupt as error:
-        came = signals.came()
-        name, code = (came.name, 128 + int(came)) if came is not None else ("SIGINT", 130)
-        if writer.facts.status == word.COMPLETE:
-            raise InterruptedRunError(
-                f"ended by {name} after the run was complete: it is in {writer.path}.", code
-            ) from error
-        folder = writer.give_up(word.INTERRUPTED, f"ended by {name}")
-        if folder is None:
-            raise InterruptedRunError(
-                f"ended by {name} before anything was recorded; nothing is left behind.", code
-            ) from error
-        raise InterruptedRunError(f"ended by {name};{_kept(folder).removeprefix(' –')}", code) from error
     except BaseException as error:
+        # C code that is interrupted while it is initialized makes another error of it.
+        if isinstance(error, KeyboardInterrupt) or signals.came() is not None:
+            raise _interrupted(writer) from error
+        if isinstance(error, LlmkernError):
+            folder = writer.give_up(word.FAILED, str(error))
+            raise type(error)(f"{error}{_kept(folder)}") from error
+        if isinstance(error, torch.OutOfMemoryError):
+            folder = writer.give_up(word.FAILED, out_of_memory)
+            raise OutOfMemoryError(f"{out_of_memory}{_kept(folder)}") from error
         # A fault of ours must not cost what was recorded before it.
         writer.give_up(word.FAILED, f"{type(error).__name__}: {error}"[:500])
         raise
+
+
+def _interrupted(writer: RunWriter) -> InterruptedRunError:
+    """Note in the run folder which signal ended the run, and return what is to be said of it."""
+    came = signals.came()
+    name, code = (came.name, 128 + int(came)) if came is not None else ("SIGINT", 130)
+    if writer.facts.status == word.COMPLETE:
+        return InterruptedRunError(f"ended by {name} after the run was complete: it is in {writer.path}.", code)
+    folder = writer.give_up(word.INTERRUPTED, f"ended by {name}")
+    if folder is None:
+        return InterruptedRunError(f"ended by {name} before anything was recorded; nothing is left behind.", code)
+    return InterruptedRunError(f"ended by {name};{_kept(folder).removeprefix(' –')}", code)
 
 
 def _kept(folder: Path | None) -> str:

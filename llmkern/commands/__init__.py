@@ -14,7 +14,7 @@ from typing import NoReturn
 import click
 
 from llmkern import __version__
-from llmkern.errors import LlmkernError
+from llmkern.errors import InterruptedRunError, LlmkernError
 from llmkern.record import signals
 
 INTERNAL_ERROR = 70
@@ -81,6 +81,14 @@ def run(called: click.Command, program: str) -> None:
             except click.Abort as error:
                 # What click makes of every KeyboardInterrupt.
                 raise signals.Ended(signals.came() or signal.SIGINT) from error
+            except InterruptedRunError:
+                raise
+            except Exception as error:
+                # C code that is interrupted in its initialization makes another error of it, and that another one.
+                came = signals.came()
+                if came is None:
+                    raise
+                raise signals.Ended(came) from error
     except LlmkernError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:

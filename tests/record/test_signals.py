@@ -8,8 +8,11 @@ import signal
 import sys
 import threading
 
+import click
 import pytest
 
+from llmkern.commands import run
+from llmkern.errors import UsageError
 from llmkern.record import signals
 
 
@@ -116,3 +119,23 @@ def test_in_another_thread_nothing_is_changed() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+def test_an_error_that_became_of_a_signal_is_the_signal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in its import, a C extension failed to initialize, and the configuration was blamed for it."""
+    monkeypatch.setattr(sys, "argv", ["llmkern"])
+
+    @click.command()
+    def command() -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            send(signal.SIGTERM)
+        raise UsageError("no model can be made of this configuration (initialization failed): check config.json.")
+
+    with pytest.raises(SystemExit) as ended:
+        run(command, "llmkern")
+    assert ended.value.code == 128 + signal.SIGTERM
+    told = capsys.readouterr().err
+    assert "ended by SIGTERM" in told
+    assert "config.json" not in told
