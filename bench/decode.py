@@ -189,7 +189,7 @@ def table(document: dict[str, Any]) -> list[str]:
             f"{e['value'] * f:.{p}f} [{e['low'] * f:.{p}f}, {e['high'] * f:.{p}f}]"
             for e, f, p in ((m["step"], 1e3, 2), (m["token_energy"], 1.0, 2 if m["token_energy"]["value"] > 1 else 3))
         )
-        code = found["note"].partition("code of ")[2].partition(";")[0] or "–"
+        code = _code(found)
         least = f"{m['least_step']['value'] * 1e3:.2f} and {m['least_token_energy']['value']:.3f}"
         if split:
             parts = [f"{m[k]['value']:.2f}" if k in m else "–" for k in ("token_energy_kernels", "token_energy_gaps")]
@@ -200,9 +200,17 @@ def table(document: dict[str, Any]) -> list[str]:
     return rows + _of_steps(document)
 
 
+def _code(found: dict[str, Any]) -> str:
+    """Return the commit whose code made the run of a case."""
+    return str(found["note"]).partition("code of ")[2].partition(";")[0] or "–"
+
+
 def saving(document: dict[str, Any]) -> list[str]:
     """Return the lines of the README: a token of qwen-7b at batch 1, eager and fused."""
     cases = {found["name"]: found["metrics"] for found in document["cases"]}
+    codes = {found["name"]: _code(found) for found in document["cases"]}
+    # Cases are taken over from runs at different times; the caption is that of the last ones.
+    latest, older = codes["qwen-7b int8 fused, batch 1"], []
     rows = ["| qwen-7b, batch 1, a token | eager | `--engine fused` | least |", "|---|---|---|---|"]
     for precision in ("bf16", "int8", "int4"):
         eager, fused = (cases[f"qwen-7b {precision} {engine}, batch 1"] for engine in ("eager", "fused"))
@@ -215,7 +223,11 @@ def saving(document: dict[str, Any]) -> list[str]:
             )
         ]
         rows.append(f"| {precision} | {' | '.join(cells)} |")
-    return rows
+        for engine in ("eager", "fused"):
+            code = codes[f"qwen-7b {precision} {engine}, batch 1"]
+            if code != latest:
+                older.append(f"{precision} {engine}: code of {code}, another board.")
+    return [*rows, "", " ".join(older)] if older else rows
 
 
 def _of_steps(document: dict[str, Any]) -> list[str]:
